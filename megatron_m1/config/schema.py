@@ -1,0 +1,234 @@
+"""The typed configuration. Every key a user may set stands here, with its unit and its default.
+
+`model.*` uses the key names of the released `config.json`, so that a Hugging Face configuration and ours read alike.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = [
+    "BatchStage",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "MoEConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "TrainingConfig",
+]
+
+
+@dataclass
+class ModelConfig:
+    """Architecture. The defaults are MiniMax-M1 (456,089,655,296 parameters)."""
+
+    vocab_size: int = 200064
+    hidden_size: int = 6144
+    num_hidden_layers: int = 80
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 9216
+    """SwiGLU width of one expert."""
+    num_local_experts: int = 32
+    num_experts_per_tok: int = 2
+    shared_intermediate_size: int = 0
+    """Width of the shared expert, blended in by a sigmoid gate; 0: none."""
+    attn_type_list: list[int] | None = None
+    """Per layer: 0 lightning, 1 softmax. None: every eighth layer (7, 15, ...) is softmax."""
+    rotary_dim: int = 64
+    """Leading channels of each head that RoPE rotates (softmax layers only)."""
+    rope_theta: float = 1e7
+    max_position_embeddings: int = 10_240_000
+    rms_norm_eps: float = 1e-5
+    lightning_norm_eps: float = 1e-6
+    """Epsilon of the RMSNorm over all heads of a lightning layer (fixed in the released code)."""
+    postnorm: bool = True
+    """True: the residual is the normed input of a sublayer; False: the un-normed one."""
+    layernorm_linear_attention_alpha: float = 3.5565588200778455
+    layernorm_linear_attention_beta: float = 1.0
+    layernorm_full_attention_alpha: float = 3.5565588200778455
+    layernorm_full_attention_beta: float = 1.0
+    layernorm_mlp_alpha: float = 3.5565588200778455
+    layernorm_mlp_beta: float = 1.0
+    init: Literal["xavier", "normal"] = "xavier"
+    """`xavier`: uniform Xavier for every matrix (MiniMax-Text-01); `normal`: N(0, init_std)."""
+    init_std: float = 0.02
+
+    def layer_types(self) -> list[int]:
+        """List of num_hidden_layers ints: 0 lightning, 1 softmax."""
+        if self.attn_type_list is not None:
+            return list(self.attn_type_list)
+        return [1 if (layer + 1) % 8 == 0 else 0 for layer in range(self.num_hidden_layers)]
+
+
+@dataclass
+class MoEConfig:
+    """How the experts are trained (not part of the architecture)."""
+
+    aux_loss: Literal["none", "global", "micro_batch"] = "global"
+    """Tokens over which the load-balancing statistics f and m are taken: `global` = the micro-batches of all data-,
+    expert-, context- and tensor-parallel ranks that run together; `micro_batch` = one micro-batch of one data rank."""
+    aux_loss_coefficient: float = 0.001
+    aux_loss_form: Literal["megatron", "minimax", "hf"] = "megatron"
+    """Normalisation at perfect balance, per layer: `megatron` 1, `minimax` 1/E^2 (as printed in the Text-01 report), `hf`: top-k."""
+    z_loss_coefficient: float = 0.0
+    capacity_factor: float | None = None
+    """Tokens an expert takes, over the balanced share; the rest is dropped. None: no token is dropped."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the model-parallel groups; data parallelism is what remains of the world."""
+
+    tensor: int = 1
+    sequence: bool | None = None
+    """Megatron sequence parallelism. None: on when tensor > 1."""
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline rank (interleaved schedule); 1: plain 1F1B."""
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    """None: the same as `tensor`."""
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    timeout_s: int = 600
+    """Seconds after which a collective that a dead rank never joins ends the run."""
+
+
+@dataclass
+class BatchStage:
+    """One stage of batch-size ramp-up: `global_batch` sequences per step from step `from_step` (0-based) on."""
+
+    from_step: int
+    global_batch: int
+
+
+@dataclass
+class TrainingConfig:
+    """The run."""
+
+    steps: int = 100
+    seed: int = 1234
+    micro_batch: int = 1
+    """Sequences per micro-batch and data-parallel rank."""
+    global_batch: int = 8
+    """Sequences per optimizer step over all ranks."""
+    batch_ramp: list[BatchStage] = field(default_factory=list)
+    seq_length: int = 2048
+    """Tokens per sequence."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """For `selective`: any of core_attn, moe."""
+    recompute_layers: int = 1
+    """For `full`: layers per recomputed group."""
+    deterministic: bool = True
+    exit_after_s: float | None = None
+    """Save and exit cleanly once the run has lasted this many seconds."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. Defaults are MiniMax-Text-01's."""
+
+    lr: float = 2e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    """Global gradient norm after clipping; 0: no clipping."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate by step; `optimizer.lr` is its peak."""
+
+    kind: Literal["constant", "cosine", "linear", "exponential", "wsd", "constant_decay"] = "cosine"
+    """`wsd`: warm-up, stable, decay over the last `decay_steps`; `constant_decay`: M1's, constant for `constant_steps`, then decay."""
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    """None: training.steps."""
+    constant_steps: int = 0
+    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
+    """Shape of the decay of `wsd` and `constant_decay`."""
+    min_lr: float = 0.0
+
+
+@dataclass
+class DataConfig:
+    """Token files made by tools/preprocess_data.py."""
+
+    train: list[str] = field(default_factory=list)
+    """Prefixes of .bin/.idx pairs."""
+    train_weights: list[float] | None = None
+    """Relative sampling weight of each prefix. None: by number of tokens."""
+    valid: list[str] = field(default_factory=list)
+    valid_weights: list[float] | None = None
+    tokenizer: str | None = None
+    """Directory with tokenizer.json; needed for text in and out only."""
+    eod_token_id: int | None = None
+    """End-of-document token. None: taken from the tokenizer."""
+    document_boundaries: Literal["ignore", "reset"] = "reset"
+    """`reset`: attention, lightning state and positions restart at each document; `ignore`: a sequence is one document."""
+    num_workers: int = 0
+    mock: bool = False
+    """Random tokens instead of files, for benchmarks and tests."""
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int = 0
+    """0: only before the first and after the last step, and only if data.valid is given."""
+    batches: int = 8
+    """Global batches per evaluation."""
+
+
+@dataclass
+class CheckpointConfig:
+    save: str | None = None
+    """Directory to write to; holds step_XXXXXXXX/ folders and the file `latest`."""
+    load: str | None = None
+    """Directory to resume from (`latest`), or one step_XXXXXXXX folder of it."""
+    every_steps: int = 0
+    """0: only at the end."""
+    keep: int = 0
+    """Newest checkpoints kept; 0: all."""
+    async_save: bool = False
+    weights_only: bool = False
+    """Load only the weights: a fresh optimizer, schedule and data order (continual training, fine-tuning)."""
+
+
+@dataclass
+class LoggingConfig:
+    dir: str | None = None
+    """Directory of metrics.jsonl and the TensorBoard events. None: console only."""
+    every_steps: int = 1
+    tensorboard: bool = True
+    layer_stats_every_steps: int = 0
+    """Gradient norm and update-to-weight ratio by layer and slope group; 0: never."""
+    peak_tflops: float | None = None
+    """bf16 peak of one device in TFLOP/s, for MFU. None: known devices by name; else MFU is not logged."""
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
