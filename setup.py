@@ -15,7 +15,7 @@ setup(
         "numpy",
         "safetensors",
         "tokenizers",
-        "jsonargparse>=4.40",
+        "jsonargparse>=4.49",
         "pyyaml",
         "rich",
         "tensorboard",
