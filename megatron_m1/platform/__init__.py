@@ -1,0 +1,60 @@
+"""The only place that knows CUDA from CPU: device, backend, optional packages, and megatron-core's CPU patches.
+
+Every entry point calls `setup()` before anything imports megatron.
+"""
+
+import functools
+import os
+
+import torch
+
+from megatron_m1.platform.probe import Backends, doctor_report, probe
+
+__all__ = [
+    "Backends",
+    "device",
+    "distributed_backend",
+    "doctor_report",
+    "is_cuda",
+    "probe",
+    "setup",
+    "synchronize",
+]
+
+
+@functools.cache
+def setup() -> None:
+    """Make megatron.core importable and correct on this machine. Idempotent.
+
+    Without CUDA the patches of `platform/cpu.py` are installed; with CUDA only those for a missing Transformer Engine
+    (none if it is present).
+    Raises ConfigError if megatron-core is missing, of another version, or imported too early.
+    """
+    from megatron_m1.platform import cpu
+
+    cpu.check_version()
+    without_te = not probe().transformer_engine.present
+    if without_te or not is_cuda():
+        cpu.install(without_cuda=not is_cuda(), without_te=without_te)
+
+
+@functools.cache
+def is_cuda() -> bool:
+    """Whether this process computes on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank: cpu, or cuda:LOCAL_RANK (cuda:0 without that variable)."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_cuda() else torch.device("cpu")
+
+
+def distributed_backend() -> str:
+    """Backend for torch.distributed.init_process_group: "nccl" or "gloo"."""
+    return "nccl" if is_cuda() else "gloo"
+
+
+def synchronize() -> None:
+    """Return when all work queued on `device()` is done (at once on CPU)."""
+    if is_cuda():
+        torch.cuda.synchronize(device())
