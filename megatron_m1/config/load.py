@@ -121,7 +121,9 @@ def _check_file(path: str) -> None:
     if content is None:
         return
     if not isinstance(content, dict):
-        raise ConfigError(f"--config={path} holds a {type(content).__name__}; it must be a mapping such as `model: ...`.")
+        raise ConfigError(
+            f"--config={path} holds a {type(content).__name__}; it must be a mapping such as `model: ...`."
+        )
     keys = known_keys()
     for key in _walk_mapping(content, ""):
         if key not in keys:

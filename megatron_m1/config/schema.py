@@ -13,8 +13,8 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "LoggingConfig",
-    "ModelConfig",
     "MoEConfig",
+    "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "ScheduleConfig",
@@ -75,7 +75,8 @@ class MoEConfig:
     expert-, context- and tensor-parallel ranks that run together; `micro_batch` = one micro-batch of one data rank."""
     aux_loss_coefficient: float = 0.001
     aux_loss_form: Literal["megatron", "minimax", "hf"] = "megatron"
-    """Normalisation at perfect balance, per layer: `megatron` 1, `minimax` 1/E^2 (as printed in the Text-01 report), `hf`: top-k."""
+    """Normalisation at perfect balance, per layer: `megatron` 1, `minimax` 1/E^2 (as printed in the Text-01 report),
+    `hf`: top-k."""
     z_loss_coefficient: float = 0.0
     capacity_factor: float | None = None
     """Tokens an expert takes, over the balanced share; the rest is dropped. None: no token is dropped."""
@@ -122,6 +123,7 @@ class TrainingConfig:
     global_batch: int = 8
     """Sequences per optimizer step over all ranks."""
     batch_ramp: list[BatchStage] = field(default_factory=list)
+    """Stages in rising order of `from_step`; before the first, `global_batch` holds."""
     seq_length: int = 2048
     """Tokens per sequence."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -151,14 +153,18 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate by step; `optimizer.lr` is its peak."""
+    """Learning rate by step; `optimizer.lr` is its peak, `min_lr` what it decays to and keeps."""
 
     kind: Literal["constant", "cosine", "linear", "exponential", "wsd", "constant_decay"] = "cosine"
-    """`wsd`: warm-up, stable, decay over the last `decay_steps`; `constant_decay`: M1's, constant for `constant_steps`, then decay."""
+    """`constant`: warm-up, then the peak. `cosine`, `linear`, `exponential`: warm-up, then that decay until step
+    `decay_steps`. `wsd`: warm-up, stable, decay over the last `decay_steps` steps of the run. `constant_decay`: M1's,
+    warm-up, `constant_steps` at the peak, then decay over `decay_steps` steps."""
     warmup_steps: int = 0
+    """Linear from peak / warmup_steps at step 0 to the peak at step warmup_steps - 1."""
     decay_steps: int | None = None
-    """None: training.steps."""
+    """See `kind`. None: until the end of the run (`wsd` needs a number)."""
     constant_steps: int = 0
+    """For `constant_decay`: steps at the peak after the warm-up."""
     decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     """Shape of the decay of `wsd` and `constant_decay`."""
     min_lr: float = 0.0
@@ -179,7 +185,8 @@ class DataConfig:
     eod_token_id: int | None = None
     """End-of-document token. None: taken from the tokenizer."""
     document_boundaries: Literal["ignore", "reset"] = "reset"
-    """`reset`: attention, lightning state and positions restart at each document; `ignore`: a sequence is one document."""
+    """`reset`: attention, lightning state and positions restart at each document; `ignore`: a sequence is one
+    document."""
     num_workers: int = 0
     mock: bool = False
     """Random tokens instead of files, for benchmarks and tests."""

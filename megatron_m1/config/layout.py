@@ -1,0 +1,75 @@
+"""Sizes and ranks that follow from a configuration and a world size. Pure arithmetic, no process group."""
+
+from dataclasses import dataclass
+
+from megatron_m1.config.schema import Config, ParallelConfig
+
+__all__ = ["Derived", "derived", "rank_groups"]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a layout implies."""
+
+    world_size: int
+    data: int
+    """Data-parallel ranks (DP): replicas of the non-expert parameters."""
+    expert_data: int
+    """Replicas of each expert (EDP)."""
+    expert_tensor: int
+    """Tensor-parallel ranks of one expert (ETP), `None` of the configuration resolved."""
+    sequence_parallel: bool
+    layers_per_chunk: int
+    """Layers of one model chunk: a pipeline stage, or its `virtual_pipeline`-th part."""
+    micro_batches: int
+    """Micro-batches per optimizer step and data-parallel rank at training.global_batch."""
+
+
+def derived(config: Config, world_size: int) -> Derived:
+    """Sizes implied by a layout that `validate` accepts (for others the divisions are rounded down)."""
+    parallel, training = config.parallel, config.training
+    expert_tensor = parallel.tensor if parallel.expert_tensor is None else parallel.expert_tensor
+    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    return Derived(
+        world_size=world_size,
+        data=data,
+        expert_data=world_size // (parallel.pipeline * parallel.expert * expert_tensor),
+        expert_tensor=expert_tensor,
+        sequence_parallel=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
+        layers_per_chunk=config.model.num_hidden_layers // (parallel.pipeline * parallel.virtual_pipeline),
+        micro_batches=training.global_batch // max(training.micro_batch * data, 1),
+    )
+
+
+def rank_groups(parallel: ParallelConfig, world_size: int) -> dict[str, list[list[int]]]:
+    """Global ranks of every process group by kind: `tensor`, `context`, `data`, `pipeline`, `expert_tensor`,
+    `expert`, `expert_data`.
+
+    Megatron-Core's default order, fastest first: tensor, context, data, pipeline for the dense parameters, and
+    expert_tensor, expert, expert_data, pipeline for the experts (parallel_state.py, order "tp-cp-ep-dp-pp").
+    """
+    expert_tensor = parallel.tensor if parallel.expert_tensor is None else parallel.expert_tensor
+    data = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    expert_data = world_size // (parallel.pipeline * parallel.expert * expert_tensor)
+    dense = {"tensor": parallel.tensor, "context": parallel.context, "data": data, "pipeline": parallel.pipeline}
+    expert = {
+        "expert_tensor": expert_tensor,
+        "expert": parallel.expert,
+        "expert_data": expert_data,
+        "pipeline": parallel.pipeline,
+    }
+    return _groups(dense) | {kind: groups for kind, groups in _groups(expert).items() if kind != "pipeline"}
+
+
+def _groups(sizes: dict[str, int]) -> dict[str, list[list[int]]]:
+    world_size = 1
+    strides = {}
+    for kind, size in sizes.items():
+        strides[kind] = world_size
+        world_size *= size
+    groups = {}
+    for kind, size in sizes.items():
+        stride = strides[kind]
+        firsts = [rank for rank in range(world_size) if (rank // stride) % size == 0]
+        groups[kind] = [[first + i * stride for i in range(size)] for first in firsts]
+    return groups

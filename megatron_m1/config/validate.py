@@ -1,0 +1,302 @@
+"""Rules that a configuration must keep, each with its remedy."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+from megatron_m1.config.errors import ConfigError
+from megatron_m1.config.layout import derived
+from megatron_m1.config.schema import Config, ModelConfig
+
+__all__ = ["validate", "validate_layout"]
+
+RECOMPUTE_MODULES = ("core_attn", "moe")
+_POSITIVE = (
+    "model.vocab_size model.hidden_size model.num_hidden_layers model.num_attention_heads model.num_key_value_heads "
+    "model.head_dim model.intermediate_size model.num_local_experts model.num_experts_per_tok model.rope_theta "
+    "model.max_position_embeddings model.rms_norm_eps model.lightning_norm_eps "
+    "parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context parallel.expert "
+    "parallel.expert_tensor parallel.timeout_s training.micro_batch training.global_batch "
+    "training.seq_length training.recompute_layers training.exit_after_s optimizer.lr optimizer.eps evaluation.batches "
+    "logging.every_steps logging.peak_tflops moe.capacity_factor schedule.decay_steps"
+).split()
+_NOT_NEGATIVE = (
+    "model.shared_intermediate_size model.rotary_dim model.init_std training.steps training.seed "
+    "optimizer.weight_decay optimizer.clip_grad schedule.warmup_steps schedule.constant_steps schedule.min_lr "
+    "moe.aux_loss_coefficient moe.z_loss_coefficient data.num_workers data.eod_token_id evaluation.every_steps "
+    "checkpoint.every_steps checkpoint.keep logging.layer_stats_every_steps"
+).split()
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Raises ConfigError with one line per broken rule if `config` cannot train on `world_size` ranks.
+
+    Reads no file: whether the data exist is found by whoever opens them.
+    """
+    validate_layout(config, world_size)
+    _raise(
+        [
+            *_training(config, world_size),
+            *_schedule(config),
+            *_optimizer(config),
+            *_data(config),
+            *_checkpoint(config),
+        ]
+    )
+
+
+def validate_layout(config: Config, world_size: int) -> None:
+    """Raises ConfigError if the model is inconsistent or cannot be laid out on `world_size` ranks (any stage)."""
+    _raise(_ranges(config))
+    _raise([*_model(config), *_layout(config), *_world(config, world_size)])
+
+
+def _raise(messages: Iterable[str]) -> None:
+    lines = list(messages)
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    for keys, accept, rule in ((_POSITIVE, lambda x: x > 0, "above 0"), (_NOT_NEGATIVE, lambda x: x >= 0, "0 or more")):
+        for key in keys:
+            section, name = key.split(".")
+            value = getattr(getattr(config, section), name)
+            if value is not None and not (accept(value) and math.isfinite(value)):
+                yield f"{key}={value} must be {rule}."
+
+
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.num_attention_heads % model.num_key_value_heads:
+        yield (
+            f"model.num_key_value_heads={model.num_key_value_heads} must divide "
+            f"model.num_attention_heads={model.num_attention_heads}; use {_divisors(model.num_attention_heads)}."
+        )
+    if model.num_experts_per_tok > model.num_local_experts:
+        yield (
+            f"model.num_experts_per_tok={model.num_experts_per_tok} must not exceed "
+            f"model.num_local_experts={model.num_local_experts}; use {model.num_local_experts} or less."
+        )
+    if model.rotary_dim % 2 or model.rotary_dim > model.head_dim:
+        yield (
+            f"model.rotary_dim={model.rotary_dim} must be even and at most model.head_dim={model.head_dim}; "
+            f"use {min(model.rotary_dim // 2 * 2, model.head_dim // 2 * 2)}."
+        )
+    yield from _attention_types(model)
+    if config.training.seq_length > model.max_position_embeddings:
+        yield (
+            f"training.seq_length={config.training.seq_length} must not exceed "
+            f"model.max_position_embeddings={model.max_position_embeddings}; shorten it or raise the limit."
+        )
+
+
+def _attention_types(model: ModelConfig) -> Iterator[str]:
+    types = model.attn_type_list
+    if types is None:
+        return
+    if len(types) != model.num_hidden_layers:
+        yield (
+            f"model.attn_type_list has {len(types)} entries but model.num_hidden_layers={model.num_hidden_layers}; "
+            "give one entry per layer, or null for the 7:1 pattern."
+        )
+    wrong = sorted(set(types) - {0, 1})
+    if wrong:
+        yield f"model.attn_type_list holds {wrong}; each entry must be 0 (lightning) or 1 (softmax)."
+
+
+def _layout(config: Config) -> Iterator[str]:
+    model, parallel, training = config.model, config.parallel, config.training
+    split_by_tensor = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_key_value_heads": model.num_key_value_heads,
+        "model.vocab_size": model.vocab_size,
+        "training.seq_length": training.seq_length,
+    }
+    if model.shared_intermediate_size:
+        split_by_tensor["model.shared_intermediate_size"] = model.shared_intermediate_size
+    for name, value in split_by_tensor.items():
+        if value % parallel.tensor:
+            why = " (the experts work on sequence shards)" if name == "training.seq_length" else ""
+            remedy = _divisors(math.gcd(*split_by_tensor.values()))
+            yield f"parallel.tensor={parallel.tensor} must divide {name}={value}{why}; use {remedy}."
+    expert_tensor = derived(config, 1).expert_tensor
+    if model.intermediate_size % expert_tensor:
+        source = (
+            "parallel.expert_tensor" if parallel.expert_tensor else "parallel.expert_tensor (null: parallel.tensor)"
+        )
+        remedy = _divisors(model.intermediate_size)
+        yield f"{source}={expert_tensor} must divide model.intermediate_size={model.intermediate_size}; use {remedy}."
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence=true needs parallel.tensor above 1; set it to null or raise parallel.tensor."
+    if model.num_local_experts % parallel.expert:
+        yield (
+            f"parallel.expert={parallel.expert} must divide model.num_local_experts={model.num_local_experts}; "
+            f"use {_divisors(model.num_local_experts)}."
+        )
+    if parallel.context != 1:
+        yield "context parallelism arrives with a later release; parallel.context must be 1."
+    yield from _pipeline(config)
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_hidden_layers
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline above 1; "
+            "set parallel.virtual_pipeline=1 or raise parallel.pipeline."
+        )
+    elif layers % parallel.pipeline:
+        remedy = _divisors(layers)
+        yield f"parallel.pipeline={parallel.pipeline} must divide model.num_hidden_layers={layers}; use {remedy}."
+    elif layers % (parallel.pipeline * parallel.virtual_pipeline):
+        per_stage = layers // parallel.pipeline
+        yield (
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} must divide the {per_stage} layers of a pipeline "
+            f"stage (model.num_hidden_layers={layers}, parallel.pipeline={parallel.pipeline}); use {_divisors(per_stage)}."
+        )
+
+
+def _world(config: Config, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    expert_tensor = derived(config, world_size).expert_tensor
+    dense = parallel.tensor * parallel.pipeline * parallel.context
+    expert = parallel.pipeline * parallel.expert * expert_tensor
+    together = math.lcm(dense, expert)
+    remedy = f"start {_multiples_near(world_size, together)} processes, or make a group smaller"
+    if world_size % dense:
+        yield (
+            f"world_size={world_size} must be a multiple of parallel.tensor*pipeline*context={parallel.tensor}*"
+            f"{parallel.pipeline}*{parallel.context}={dense}; {remedy}."
+        )
+    if world_size % expert:
+        implied = " (expert_tensor=null is parallel.tensor)" if parallel.expert_tensor is None else ""
+        yield (
+            f"world_size={world_size} must be a multiple of parallel.pipeline*expert*expert_tensor={parallel.pipeline}*"
+            f"{parallel.expert}*{expert_tensor}={expert}{implied}; {remedy}."
+        )
+
+
+def _training(config: Config, world_size: int) -> Iterator[str]:
+    training, parallel = config.training, config.parallel
+    together = training.micro_batch * derived(config, world_size).data
+    batches = {"training.global_batch": training.global_batch}
+    batches |= {f"training.batch_ramp[{i}].global_batch": s.global_batch for i, s in enumerate(training.batch_ramp)}
+    for name, batch in batches.items():
+        if together and (batch < 1 or batch % together):
+            yield (
+                f"{name}={batch} must be a multiple of training.micro_batch*data-parallel size={training.micro_batch}*"
+                f"{together // training.micro_batch}={together}; use {_multiples_near(batch, together)}."
+            )
+        elif together and parallel.virtual_pipeline > 1 and (batch // together) % parallel.pipeline:
+            unit = together * parallel.pipeline
+            yield (
+                f"{name}={batch} makes {batch // together} micro-batches per step; with parallel.virtual_pipeline="
+                f"{parallel.virtual_pipeline} they must be a multiple of parallel.pipeline={parallel.pipeline}; "
+                f"use {name.rsplit('.', 1)[-1]} {_multiples_near(batch, unit)}."
+            )
+    starts = [stage.from_step for stage in training.batch_ramp]
+    if any(later <= earlier for earlier, later in zip([-1, *starts], starts)):
+        yield f"training.batch_ramp starts at steps {starts}; they must rise and be 0 or more: sort the stages."
+    unknown = sorted(set(training.recompute_modules) - set(RECOMPUTE_MODULES))
+    if unknown:
+        yield f"training.recompute_modules={unknown} is unknown; use any of {', '.join(RECOMPUTE_MODULES)}."
+    if training.recompute == "selective" and not training.recompute_modules:
+        yield f"training.recompute_modules=[] with training.recompute=selective; use any of {', '.join(RECOMPUTE_MODULES)}."
+    chunk = derived(config, world_size).layers_per_chunk
+    if training.recompute == "full" and training.recompute_layers > chunk > 0:
+        yield (
+            f"training.recompute_layers={training.recompute_layers} must not exceed the {chunk} layers of a model chunk; "
+            f"use {_divisors(chunk)}."
+        )
+    if training.precision == "fp32" and training.grad_reduce_dtype != "fp32":
+        yield (
+            f"training.grad_reduce_dtype={training.grad_reduce_dtype} needs training.precision=bf16; "
+            "set training.grad_reduce_dtype=fp32."
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    schedule, steps = config.schedule, config.training.steps
+    if schedule.min_lr > config.optimizer.lr:
+        yield (
+            f"schedule.min_lr={schedule.min_lr} must not exceed optimizer.lr={config.optimizer.lr}; "
+            "lower it or raise optimizer.lr."
+        )
+    if schedule.warmup_steps > steps:
+        yield f"schedule.warmup_steps={schedule.warmup_steps} must not exceed training.steps={steps}; lower it."
+    decays = schedule.kind in ("wsd", "constant_decay")
+    if (schedule.kind == "exponential" or (decays and schedule.decay_style == "exponential")) and schedule.min_lr == 0:
+        key = "schedule.kind" if schedule.kind == "exponential" else "schedule.decay_style"
+        yield (
+            f"{key}=exponential never reaches schedule.min_lr=0.0; set schedule.min_lr above 0 "
+            f"(e.g. {config.optimizer.lr / 10:g}) or another {key}."
+        )
+    if schedule.constant_steps and schedule.kind != "constant_decay":
+        yield (
+            f"schedule.constant_steps={schedule.constant_steps} is read by schedule.kind=constant_decay only, not by "
+            f"{schedule.kind}; set it to 0 or change the kind."
+        )
+    if schedule.kind == "wsd" and schedule.decay_steps is None:
+        yield "schedule.kind=wsd needs schedule.decay_steps, the length of the final decay; set e.g. a tenth of training.steps."
+    used = schedule.warmup_steps + schedule.constant_steps
+    used += (schedule.decay_steps or 0) if decays else 0
+    if decays and used > steps:
+        yield (
+            f"schedule.warmup_steps+constant_steps+decay_steps={used} must not exceed training.steps={steps}; "
+            "shorten one or raise training.steps."
+        )
+    if not decays and schedule.decay_steps is not None and schedule.decay_steps < schedule.warmup_steps:
+        yield (
+            f"schedule.decay_steps={schedule.decay_steps} counts from step 0 and must not end before "
+            f"schedule.warmup_steps={schedule.warmup_steps}; raise it."
+        )
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    for name in ("beta1", "beta2"):
+        value = getattr(config.optimizer, name)
+        if not 0 <= value < 1:
+            yield f"optimizer.{name}={value} must lie in [0, 1); use e.g. 0.9 or 0.95."
+    parallel = config.parallel
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
+            "parallel.overlap_grad_reduce=true; set them or turn it off."
+        )
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    for name in ("train", "valid"):
+        prefixes, weights = getattr(data, name), getattr(data, f"{name}_weights")
+        if weights is None:
+            continue
+        if len(weights) != len(prefixes):
+            yield f"data.{name}_weights has {len(weights)} entries but data.{name} has {len(prefixes)}; give one weight each."
+        if any(not (weight >= 0 and math.isfinite(weight)) for weight in weights) or not sum(weights) > 0:
+            yield f"data.{name}_weights={weights} must be 0 or more and not all 0."
+    if data.eod_token_id is not None and data.eod_token_id >= config.model.vocab_size:
+        yield (
+            f"data.eod_token_id={data.eod_token_id} must be below model.vocab_size={config.model.vocab_size}; "
+            "take the id from the tokenizer or raise model.vocab_size."
+        )
+
+
+def _checkpoint(config: Config) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if checkpoint.every_steps and checkpoint.save is None:
+        yield f"checkpoint.every_steps={checkpoint.every_steps} needs checkpoint.save; name a directory or set it to 0."
+    if checkpoint.weights_only and checkpoint.load is None:
+        yield "checkpoint.weights_only=true needs checkpoint.load; name the checkpoint or set it to false."
+
+
+def _divisors(number: int) -> str:
+    """`1, 2, 4 or 8`: the divisors of `number`, at most the eight smallest."""
+    found = [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
+    shown = found[:8]
+    return f"{', '.join(map(str, shown[:-1]))} or {shown[-1]}" if len(shown) > 1 else str(shown[0])
+
+
+def _multiples_near(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

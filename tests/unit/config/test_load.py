@@ -1,0 +1,106 @@
+import os
+
+import pytest
+
+from megatron_m1.config import Config, ConfigError, from_yaml, load_config, to_yaml
+from megatron_m1.config.schema import BatchStage
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_schema_then_preset_then_command_line(tmp_path):
+    preset = write(tmp_path / "a.yaml", "optimizer: {lr: 3e-4, eps: 1e-15}\ntraining: {steps: 7}\n")
+    layer = write(tmp_path / "b.yaml", "training: {steps: 8}\n")
+    config = load_config(["--optimizer.lr", "6e-4", "--config", preset, f"--config={layer}"])
+    assert config.optimizer.lr == 6e-4  # the command line wins even when it stands before the file
+    assert config.optimizer.eps == 1e-15 and isinstance(config.optimizer.eps, float)
+    assert config.training.steps == 8
+    assert config.optimizer.beta2 == Config().optimizer.beta2
+
+
+def test_lists_and_nested_dataclasses(tmp_path):
+    file = write(tmp_path / "a.yaml", "training:\n  batch_ramp:\n  - {from_step: 2, global_batch: 16}\n")
+    assert load_config(["--config", file]).training.batch_ramp == [BatchStage(2, 16)]
+    config = load_config(
+        ["--training.batch_ramp", '[{"from_step": 3, "global_batch": 4}]', "--data.train", "[a, b]"]
+        + ["--data.train_weights", "[1, 3e-1]", "--parallel.sequence", "true", "--model.attn_type_list", "[0, 1]"]
+    )
+    assert config.training.batch_ramp == [BatchStage(3, 4)]
+    assert config.data.train == ["a", "b"] and config.data.train_weights == [1.0, 0.3]
+    assert config.parallel.sequence is True and config.model.attn_type_list == [0, 1]
+
+
+def test_yaml_round_trip_keeps_every_key(tmp_path):
+    config = load_config(
+        ["--optimizer.lr", "1.2345678901234567e-5", "--training.batch_ramp", '[{"from_step":0,"global_batch":1}]']
+    )
+    to_yaml(config, tmp_path / "config.yaml")
+    assert from_yaml(tmp_path / "config.yaml") == config
+    assert load_config([], base=config) == config
+    assert load_config(["--training.steps", "3"], base=config).optimizer.lr == config.optimizer.lr
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    target = tmp_path / "config.yaml"
+    to_yaml(Config(), target)
+    before = target.read_text()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    config = Config()
+    config.training.steps = 999
+    with pytest.raises(OSError):
+        to_yaml(config, target)
+    assert target.read_text() == before and os.listdir(tmp_path) == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            ["--parallel.tensr", "2"],
+            "--parallel.tensr (command line) is not a known key; did you mean parallel.tensor?",
+        ),
+        (["--lr", "2"], "--lr (command line) is not a known key; did you mean optimizer.lr?"),
+        (["--optimizer.bet", "2"], "--optimizer.bet (command line) is not a known key"),  # no abbreviation
+        (["--training.precision", "fp16"], "training.precision=fp16 must be one of fp32, bf16."),
+        (["--training.steps", "1.5"], "training.steps=1.5 must be int."),
+        (["--parallel.sequence", "4"], "parallel.sequence=4 must be bool or null."),
+        (["--data.train", "x"], "data.train=x must be a list of str, e.g. [A,B]."),
+        (["--training.batch_ramp", '[{"from": 3}]'], "Option 'from' is not accepted"),
+        (["--config", "nowhere.yaml"], "--config=nowhere.yaml cannot be read: No such file or directory"),
+        (["--config"], "--config needs the path"),
+        (["stray"], "stray"),
+    ],
+)
+def test_bad_input_is_one_clear_error(argv, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(argv)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model: {hiden_size: 3}", "model.hiden_size"),
+        ("model: {hiden_size: 3}", "did you mean model.hidden_size?"),
+        ("training: {steps: many}", "training.steps=many must be int."),
+        ("- a", "must be a mapping"),
+        ("a: [1", "is not YAML"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(write(tmp_path / "bad.yaml", text))
+    assert message in str(caught.value)
+
+
+def test_print_config(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(["--optimizer.lr", "3e-4", "--print_config"])
+    assert caught.value.code == 0 and "lr: 0.0003" in capsys.readouterr().out
