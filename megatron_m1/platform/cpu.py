@@ -296,9 +296,7 @@ def _no_pinned_memory(rope_utils: types.ModuleType) -> None:
 
 def _async_worker_without_device(async_utils: types.ModuleType) -> None:
     """async_utils.py:565: the spawned worker takes a rank modulo 0 devices and dies; nobody notices (never ends)."""
-    async_utils.torch = _view(
-        async_utils.torch, cuda=_view(async_utils.torch.cuda, device_count=lambda: 1)
-    )
+    async_utils.torch = _view(async_utils.torch, cuda=_view(async_utils.torch.cuda, device_count=lambda: 1))
     async_utils.PersistentAsyncCaller.upstream_async_loop = staticmethod(async_utils.PersistentAsyncCaller.async_loop)
     async_utils.PersistentAsyncCaller.async_loop = staticmethod(persistent_async_loop)
 

@@ -66,7 +66,9 @@ def _importable(distribution: str, module: str, *, needs_cuda: bool) -> Package:
 
 def _grouped_mm() -> Package:
     if not hasattr(torch.nn.functional, "grouped_mm"):
-        return Package(False, "", f"torch {torch.__version__} has no torch.nn.functional.grouped_mm; torch >= 2.11 does")
+        return Package(
+            False, "", f"torch {torch.__version__} has no torch.nn.functional.grouped_mm; torch >= 2.11 does"
+        )
     return Package(True, torch.__version__, "part of torch")
 
 
@@ -121,4 +123,6 @@ def _version(name: str) -> str:
 
 
 def _no_cuda_reason() -> str:
-    return f"torch is built for CUDA {torch.version.cuda}, no device found" if torch.version.cuda else "CPU build of torch"
+    return (
+        f"torch is built for CUDA {torch.version.cuda}, no device found" if torch.version.cuda else "CPU build of torch"
+    )
