@@ -1,0 +1,18 @@
+"""Operators of MiniMax-M1's layers: lightning attention (training, packed, stateful, decoding) and softmax attention.
+
+Depends on torch (and triton) only. Importing has no side effects.
+"""
+
+from m1_kernels.decode import lightning_attention_step
+from m1_kernels.dispatch import lightning_attention
+from m1_kernels.reference import lightning_attention_reference
+from m1_kernels.slopes import slopes
+from m1_kernels.softmax import softmax_attention
+
+__all__ = [
+    "lightning_attention",
+    "lightning_attention_reference",
+    "lightning_attention_step",
+    "slopes",
+    "softmax_attention",
+]

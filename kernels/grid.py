@@ -1,0 +1,111 @@
+"""The chunk grid: how tokens of a batch or a pack are laid out in chunks of C tokens, each inside one document."""
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["ChunkGrid", "build_grid"]
+
+
+@dataclass(frozen=True)
+class ChunkGrid:
+    """N chunks of C tokens, anchored at document starts, so that no chunk holds two documents.
+
+    Chunks are ordered by their rank inside the document: first the first chunk of every non-empty document (longest
+    documents first), then every second chunk, and so on. The state recurrence is then one vectorised operation per
+    rank, and the chunks of rank r + 1 continue a prefix of those of rank r.
+    """
+
+    chunk: int
+    documents: int
+    ranks: list[tuple[int, int]]  # first and end chunk of each rank
+    order: torch.Tensor  # [R] index of the non-empty documents, longest first
+    last: torch.Tensor  # [R] last chunk of each of them
+    lengths: torch.Tensor | None  # [N] tokens in each chunk; None: all are full
+    token_of: torch.Tensor | None  # [N*C] flat token of each slot, 0 for padding; None: aligned batch, see `gather`
+    slot_of: torch.Tensor | None  # [tokens] slot of each token (-1 outside all documents)
+    padding: torch.Tensor | None  # [P] slots that hold no token
+
+    @property
+    def size(self) -> int:
+        return self.ranks[-1][1] if self.ranks else 0
+
+    def gather(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """New contiguous [N, H, C, D] of `dtype` from x [B, T, H, D] of any strides; padding slots are zero."""
+        batch, tokens, heads, dim = x.shape
+        grid = x.new_empty(self.size, heads, self.chunk, dim, dtype=dtype)
+        if self.token_of is None:
+            chunks = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+            grid.view(-1, batch, heads, self.chunk, dim).copy_(chunks)
+            return grid
+        rows = x.flatten(0, 1).index_select(0, self.token_of)
+        rows.index_fill_(0, self.padding, 0.0)
+        return grid.copy_(rows.view(self.size, self.chunk, heads, dim).transpose(1, 2))
+
+    def scatter(self, grid: torch.Tensor, out: torch.Tensor) -> None:
+        """Write grid [N, H, C, D] to its tokens in out [B, T, H, D]; tokens outside all documents become zero."""
+        batch, _, heads, dim = out.shape
+        if self.token_of is None:
+            chunks = grid.view(-1, batch, heads, self.chunk, dim).permute(1, 0, 3, 2, 4)
+            out.unflatten(1, (-1, self.chunk)).copy_(chunks)
+            return
+        rows = grid.transpose(1, 2).reshape(-1, heads, dim).index_select(0, self.slot_of.clamp(min=0))
+        rows.masked_fill_((self.slot_of < 0)[:, None, None], 0.0)
+        out.copy_(rows.view_as(out))
+
+
+def build_grid(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk: int, device: torch.device) -> ChunkGrid:
+    """Grid of a dense [batch, tokens] input, or of the documents that cu_seqlens [S+1] marks in [1, tokens].
+
+    The chunk is halved, down to 16, while the longest document fits in half of it.
+    Reads cu_seqlens on the host. Raises ValueError when cu_seqlens does not rise from 0 to at most `tokens`.
+    """
+    if cu_seqlens is None:
+        edges = torch.arange(batch + 1) * tokens
+    else:
+        edges = cu_seqlens.to("cpu", torch.int64)
+        if edges[0] != 0 or edges[-1] > tokens or (edges.diff() < 0).any():
+            raise ValueError(
+                f"cu_seqlens={edges.tolist()} must start at 0, never fall, and end at or before T={tokens}; "
+                "pass cumulative document lengths"
+            )
+    lengths = edges.diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    while chunk > 16 and 2 * longest <= chunk:
+        chunk //= 2
+
+    chunks_of, order = torch.div(lengths + chunk - 1, chunk, rounding_mode="floor").sort(descending=True, stable=True)
+    order = order[chunks_of > 0]
+    chunks_of = chunks_of[chunks_of > 0]
+    most = int(chunks_of[0]) if len(chunks_of) else 0
+    # documents with more than r chunks: they are a prefix of `order`
+    counts = (chunks_of[None, :] > torch.arange(most)[:, None]).sum(1) if cu_seqlens is not None else None
+    if counts is None:
+        counts = torch.full((most,), batch)
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    ranks = list(zip(starts.tolist(), ends.tolist()))
+    last = starts[chunks_of - 1] + torch.arange(len(order))
+    if cu_seqlens is None and tokens % chunk == 0:
+        return ChunkGrid(chunk, batch, ranks, order.to(device), last.to(device), None, None, None, None)
+
+    rank = torch.arange(most).repeat_interleave(counts)
+    document = order[torch.arange(len(rank)) - starts[rank]]
+    first_token = edges[:-1][document] + rank * chunk
+    chunk_lengths = (edges[1:][document] - first_token).clamp(max=chunk)
+    offset = torch.arange(chunk)
+    valid = (offset < chunk_lengths[:, None]).flatten()
+    token_of = (first_token[:, None] + offset).flatten()
+    slot_of = torch.full((batch * tokens,), -1, dtype=torch.int64)
+    slot_of[token_of[valid]] = valid.nonzero().flatten()
+    return ChunkGrid(
+        chunk=chunk,
+        documents=len(lengths),
+        ranks=ranks,
+        order=order.to(device),
+        last=last.to(device),
+        lengths=chunk_lengths.to(device),
+        token_of=torch.where(valid, token_of, 0).to(device),
+        slot_of=slot_of.to(device),
+        padding=(~valid).nonzero().flatten().to(device),
+    )

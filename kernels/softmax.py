@@ -1,0 +1,95 @@
+"""Causal softmax attention with grouped key/value heads, for M1's ten softmax layers."""
+
+import inspect
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+__all__ = ["softmax_attention"]
+
+
+def softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    causal: bool = True,
+) -> torch.Tensor:
+    """o [B, T, Hq, D] = softmax(scale * q k^T) v, in the dtype of q; differentiable.
+
+    q: [B, T, Hq, D]; k, v: [B, Tk, Hkv, D], Hkv dividing Hq: query head h reads key head h // (Hq / Hkv); any strides
+    with a contiguous last dimension; bf16, fp16, fp32 or fp64.
+    causal: with Tk > T the queries are the last T positions (a cache in front).
+    cu_seqlens: int32 [S+1], document lengths of a pack with B = 1 and Tk = T: no attention across documents, and cost
+        that of the documents, not of the pack. Tokens from cu_seqlens[-1] on are padding: not read, zero output.
+        Read on the host, except on CUDA in half precision with max_seqlen (the longest document) given.
+    Runs PyTorch's fused attention: flash on CPU and CUDA; the varlen flash kernel for packs in half precision on CUDA.
+    Raises ValueError for shapes that break the above.
+    """
+    _check(q, k, v, cu_seqlens)
+    if cu_seqlens is None:
+        return _dense(q, k, v, scale, causal)
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
+        return _varlen(q, k, v, scale, cu_seqlens, max_seqlen, causal)
+    return _document_by_document(q, k, v, scale, cu_seqlens, causal)
+
+
+def _dense(q, k, v, scale: float, causal: bool) -> torch.Tensor:
+    queries, keys = q.shape[1], k.shape[1]
+    mask = None
+    if causal and 1 < queries < keys:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    o = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and queries == keys,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return o.transpose(1, 2)
+
+
+def _document_by_document(q, k, v, scale: float, cu_seqlens: torch.Tensor, causal: bool) -> torch.Tensor:
+    edges = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(edges, edges[1:])] + [q.shape[1] - edges[-1]]
+    # split, not slices: its backward is one concatenation instead of one pack-sized gradient per document
+    documents = list(zip(*(x.split(lengths, dim=1) for x in (q, k, v))))
+    outputs = [_dense(*document, scale, causal) if document[0].shape[1] else document[0] for document in documents[:-1]]
+    return torch.cat([*outputs, torch.zeros_like(documents[-1][0])], dim=1)
+
+
+def _varlen(q, k, v, scale: float, cu_seqlens, max_seqlen: int | None, causal: bool) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max())
+    q, k, v = q[0], k[0], v[0]
+    grouped = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:
+            group = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    window = (-1, 0) if causal else (-1, -1)
+    o = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **grouped)
+    covered = torch.arange(len(o), device=o.device) < cu_seqlens[-1]
+    return o.where(covered[:, None, None], 0.0)[None]
+
+
+def _check(q, k, v, cu_seqlens) -> None:
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)} must be [B, T, Hq, D] and k {tuple(k.shape)}, v {tuple(v.shape)} [B, Tk, Hkv, D]"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key/value heads must divide {q.shape[2]} query heads")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"T={q.shape[1]} queries must not outnumber Tk={k.shape[1]} keys")
+    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
+        raise ValueError(f"cu_seqlens needs B=1 and Tk=T, got q {tuple(q.shape)}, k {tuple(k.shape)}")
