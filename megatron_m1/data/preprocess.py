@@ -251,7 +251,10 @@ def _work(connection: Connection, options: PreprocessOptions, dtype: np.dtype, s
             result = _tokenize(piece, tokenizer, options, dtype, _shard_path(shards, index))
         except (ConfigError, OSError) as error:
             result = str(error)
-        connection.send((index, result))
+        try:
+            connection.send((index, result))
+        except BrokenPipeError:
+            return
 
 
 def _tokenize(piece: Piece, tokenizer: Tokenizer, options: PreprocessOptions, dtype: np.dtype, shard: str) -> _Result:
