@@ -1,0 +1,223 @@
+"""Ranks on this machine that start once and then run one function after another, each in a fresh process group."""
+
+import atexit
+import faulthandler
+import gc
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megatron_m1.config.errors import ConfigError
+
+__all__ = ["RankError", "RankPool"]
+
+CLOSE_S = 5.0  # for a rank to end by itself
+GATHER_S = 0.5  # after a first failure, for the reports of the other ranks
+PRELOAD = "megatron_m1.platform.rank_preload"
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or did not finish; the message names the rank and carries its traceback."""
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    pipe: multiprocessing.connection.Connection
+    stacks: Path
+
+
+class RankPool:
+    """Up to `size` persistent processes; torch and megatron-core are imported once (CPU: forked from one server).
+
+    pool.run(fn, args) calls fn(rank, world, *args) on every rank inside an initialised torch.distributed (gloo, or nccl
+    on CUDA) with one torch thread per rank, and destroys process groups and megatron's parallel state afterwards.
+    A rank that fails in any way ends the call with RankError; the processes of that call are then killed and replaced,
+    so the next call starts clean. `fn` must be a module-level function; arguments and results travel by pickle.
+    Scripts need the usual `if __name__ == "__main__":` guard.
+    """
+
+    def __init__(self, size: int):
+        if size < 1:
+            raise ConfigError(f"size={size} of a RankPool must be at least 1")
+        from megatron_m1.platform import is_cuda
+
+        self.size = size
+        self._workers: list[_Worker | None] = [None] * size
+        self._folder = Path(tempfile.mkdtemp(prefix="ranks_"))
+        self._calls = 0
+        # A forked process cannot use a CUDA driver that its parent has touched.
+        self._context = multiprocessing.get_context("spawn" if is_cuda() else "forkserver")
+        if not is_cuda():
+            self._context.set_forkserver_preload([PRELOAD])
+        atexit.register(self.close)
+
+    def __enter__(self) -> "RankPool":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def run(self, fn: Callable, args: tuple = (), *, world: int | None = None, timeout_s: float = 120.0) -> list[Any]:
+        """[fn(rank, world, *args) for each rank] from `world` concurrent ranks (all of the pool by default).
+
+        Raises RankError with the remote tracebacks of the ranks that failed (a rank that died comes first), or with the
+        stacks of all threads of the ranks that did not finish within timeout_s seconds.
+        """
+        world = self.size if world is None else world
+        if not 1 <= world <= self.size:
+            raise ConfigError(f"world={world} must lie between 1 and the pool's size={self.size}")
+        self._calls += 1
+        rendezvous = self._folder / f"store_{self._calls}"
+        workers = [self._ready_worker(rank) for rank in range(world)]
+        for rank, worker in enumerate(workers):
+            task = (list(sys.path), str(rendezvous), rank, world, timeout_s)
+            worker.pipe.send_bytes(pickle.dumps(task))
+            worker.pipe.send_bytes(pickle.dumps((fn, args)))
+        results, failures = self._collect(workers, timeout_s)
+        if failures:
+            for rank in range(world):
+                self._discard(rank)
+            raise RankError("\n".join(failures))
+        return [results[rank] for rank in range(world)]
+
+    def close(self) -> None:
+        """End all processes of the pool. Idempotent."""
+        for worker in self._workers:
+            if worker is not None:
+                worker.pipe.close()
+        for rank, worker in enumerate(self._workers):
+            if worker is not None:
+                worker.process.join(CLOSE_S)
+                self._discard(rank)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        atexit.unregister(self.close)
+
+    def _ready_worker(self, rank: int) -> _Worker:
+        worker = self._workers[rank]
+        if worker is not None and worker.process.is_alive():
+            return worker
+        pipe, remote = self._context.Pipe()
+        self._folder.mkdir(exist_ok=True)
+        stacks = self._folder / f"stacks_{rank}"
+        process = self._context.Process(target=_serve, args=(remote, str(stacks)), name=f"rank {rank}")
+        process.start()
+        remote.close()
+        self._workers[rank] = _Worker(process, pipe, stacks)
+        return self._workers[rank]
+
+    def _collect(self, workers: list[_Worker], timeout_s: float) -> tuple[dict[int, Any], list[str]]:
+        """Results by rank, and what went wrong."""
+        waiting = {worker.pipe: rank for rank, worker in enumerate(workers)}
+        results: dict[int, Any] = {}
+        died: list[str] = []
+        raised: list[str] = []
+        deadline = time.monotonic() + timeout_s
+        while waiting and (remaining_s := deadline - time.monotonic()) > 0:
+            for pipe in multiprocessing.connection.wait(list(waiting), timeout=remaining_s):
+                rank = waiting.pop(pipe)
+                try:
+                    ok, payload = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionError):
+                    workers[rank].process.join(CLOSE_S)
+                    died.append(f"rank {rank} of {len(workers)} died with exit code {workers[rank].process.exitcode}")
+                else:
+                    if ok:
+                        results[rank] = payload
+                    else:
+                        raised.append(f"rank {rank} of {len(workers)} raised\n{payload}")
+                if died or raised:
+                    deadline = min(deadline, time.monotonic() + GATHER_S)
+        if waiting and not died and not raised:
+            ranks = sorted(waiting.values())
+            stacks = "\n".join(f"--- rank {rank}\n{_stacks(workers[rank])}" for rank in ranks)
+            return results, [f"ranks {ranks} of {len(workers)} did not finish in {timeout_s} s\n{stacks}"]
+        return results, died + raised
+
+    def _discard(self, rank: int) -> None:
+        worker = self._workers[rank]
+        self._workers[rank] = None
+        if worker is not None:
+            worker.pipe.close()
+            worker.process.kill()
+            worker.process.join()
+
+
+def _stacks(worker: _Worker) -> str:
+    """Python stacks of all threads of a worker that is still alive."""
+    os.kill(worker.process.pid, signal.SIGUSR1)
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline and not worker.stacks.read_text():
+        time.sleep(0.02)
+    return worker.stacks.read_text() or "(no stack: the process did not answer)"
+
+
+def _serve(pipe: multiprocessing.connection.Connection, stacks: str) -> None:
+    """Body of one rank: run tasks until the pool closes its end of the pipe."""
+    with open(stacks, "w") as file:
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        from megatron_m1.platform import setup
+
+        setup()
+        import torch
+
+        torch.set_num_threads(1)
+        while True:
+            try:
+                path, rendezvous, rank, world, timeout_s = pickle.loads(pipe.recv_bytes())
+                payload = pipe.recv_bytes()
+            except (EOFError, ConnectionError):
+                return
+            sys.path.extend(entry for entry in path if entry not in sys.path)
+            try:
+                answer = _run_task(payload, rendezvous, rank, world, timeout_s)
+            except BaseException:
+                answer = pickle.dumps((False, traceback.format_exc()))
+            pipe.send_bytes(answer)
+
+
+def _run_task(payload: bytes, rendezvous: str, rank: int, world: int, timeout_s: float) -> bytes:
+    import torch.distributed as dist
+
+    from megatron_m1.platform import distributed_backend
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    fn, args = pickle.loads(payload)
+    dist.init_process_group(
+        distributed_backend(),
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_s + CLOSE_S),
+    )
+    answer = pickle.dumps((True, fn(rank, world, *args)))
+    _leave_groups()
+    return answer
+
+
+def _leave_groups() -> None:
+    import torch.distributed as dist
+    from megatron.core import num_microbatches_calculator, parallel_state
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    get_cuda_rng_tracker().reset()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()

@@ -1,0 +1,30 @@
+"""Fixtures for all tests. megatron-core's CPU patches go in before any test imports megatron."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from megatron_m1 import platform
+from megatron_m1.platform.rank_pool import RankPool
+
+platform.setup()
+
+MAX_RANKS = 8
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """The pool of persistent ranks that all tests share; processes start when a test first needs them."""
+    with RankPool(MAX_RANKS) as pool:
+        yield pool
+
+
+@pytest.fixture
+def ranks(rank_pool: RankPool) -> Callable[..., list[Any]]:
+    """ranks(n, fn, *args, timeout_s=120) -> [fn(rank, n, *args) for each of n concurrent ranks]; see RankPool.run."""
+
+    def run(n: int, fn: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+        return rank_pool.run(fn, args, world=n, timeout_s=timeout_s)
+
+    return run
