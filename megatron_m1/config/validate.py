@@ -47,7 +47,8 @@ def validate(config: Config, world_size: int) -> None:
 def validate_layout(config: Config, world_size: int) -> None:
     """Raises ConfigError if the model is inconsistent or cannot be laid out on `world_size` ranks (any stage)."""
     _raise(_ranges(config))
-    _raise([*_model(config), *_layout(config), *_world(config, world_size)])
+    _raise([*_model(config), *_layout(config)])
+    _raise(_world(config, world_size))
 
 
 def _raise(messages: Iterable[str]) -> None:

@@ -1,0 +1,82 @@
+"""`python -m megatron_m1 COMMAND ...`, alone or under torchrun.
+
+commands:
+  pretrain --config FILE [--key value ...]   train; with --dry-run [--world-size N] only say what would be done
+  generate --checkpoint DIR --prompts FILE.jsonl --output FILE.jsonl [options]
+  doctor                                     what is installed, which backends are used, and why
+Each command prints its own options with --help.
+"""
+
+import os
+import sys
+from datetime import timedelta
+
+from megatron_m1.config.errors import ConfigError
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 2 for bad input (ConfigError, told once per job), 3 for a loss or gradient that is not finite."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, options = (argv[0], argv[1:]) if argv else ("--help", [])
+    try:
+        _dispatch(command, options)
+    except ConfigError as error:
+        _tell_once(f"error: {error}")
+        return 2
+    except FloatingPointError as error:
+        _tell_once(f"error: {error}")
+        return 3
+    return 0
+
+
+def _dispatch(command: str, options: list[str]) -> None:
+    """Imports only what the command needs: `doctor` and dry runs must work where training cannot."""
+    if command in ("-h", "--help"):
+        print(__doc__)
+    elif command == "doctor":
+        from megatron_m1.platform import doctor_report
+
+        print(doctor_report())
+    elif command == "pretrain" and "--dry-run" in options:
+        from megatron_m1.engine.dry_run import main as dry_run
+
+        dry_run([option for option in options if option != "--dry-run"])
+    elif command == "pretrain":
+        from megatron_m1.pretrain import main as pretrain
+
+        pretrain(options)
+    elif command == "generate":
+        from megatron_m1.generation import main as generate
+
+        generate(options)
+    else:
+        raise ConfigError(f"{command} is not a command; use pretrain, generate or doctor.")
+
+
+def _tell_once(message: str) -> None:
+    """Print to stderr, on one rank of the job only: the first that gets here, known through torchrun's store."""
+    rank, world_size = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        print(message, file=sys.stderr, flush=True)
+    elif _first_to_tell():
+        print(f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+
+
+def _first_to_tell() -> bool:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import DistError, TCPStore
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        return store.add(f"megatron_m1/told/{attempt}", 1) == 1
+    except (DistError, KeyError, RuntimeError):
+        return True  # the launcher is gone already: better told twice than never
+
+
+if __name__ == "__main__":
+    sys.exit(main())

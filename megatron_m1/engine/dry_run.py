@@ -1,0 +1,146 @@
+"""`pretrain --dry-run`: what a configuration would do on a given number of ranks, without a GPU or a process group."""
+
+import os
+
+from megatron_m1.config import Config, ConfigError, derived, load_config, rank_groups, to_yaml, validate
+from megatron_m1.engine.flops import count_parameters, training_flops_per_token
+from megatron_m1.engine.memory import estimate_memory, stage_layers
+from megatron_m1.engine.schedule import consumed_samples, global_batch_at, learning_rate
+
+__all__ = ["dry_run_report", "main"]
+
+_GIB = 2**30
+_SHOWN_GROUPS = 4
+
+
+def main(argv: list[str]) -> None:
+    """Print the report for configuration options plus `--world-size N` (default: $WORLD_SIZE, else 1) on rank 0.
+
+    Raises ConfigError as the run itself would.
+    """
+    world_size, options = _take_world_size(argv)
+    config = load_config(options)
+    validate(config, world_size)
+    if os.environ.get("RANK", "0") == "0":
+        print(dry_run_report(config, world_size))
+
+
+def dry_run_report(config: Config, world_size: int) -> str:
+    """Resolved configuration, parameter counts, rank layout, memory, FLOPs and schedule as text.
+
+    config: one that `validate` accepts for world_size.
+    """
+    sections = (
+        ("configuration", to_yaml(config).rstrip()),
+        ("parameters", _parameters(config)),
+        (f"layout of {world_size} ranks", _layout(config, world_size)),
+        ("memory estimate per rank, GiB", _memory(config, world_size)),
+        ("arithmetic", _arithmetic(config, world_size)),
+        ("schedule", _schedule(config)),
+    )
+    return "\n\n".join(f"== {title}\n{text}" for title, text in sections) + "\n\ndry run: the configuration is valid"
+
+
+def _take_world_size(argv: list[str]) -> tuple[int, list[str]]:
+    given = os.environ.get("WORLD_SIZE", "1")
+    options = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--world-size":
+            given = next(arguments, "")
+        elif argument.startswith("--world-size="):
+            given = argument.partition("=")[2]
+        else:
+            options.append(argument)
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigError(f"--world-size={given} must be a number of ranks, 1 or more.")
+    return int(given), options
+
+
+def _parameters(config: Config) -> str:
+    count = count_parameters(config.model)
+    kinds = config.model.layer_types()
+    rows = [
+        ("embedding", count.embedding),
+        (f"lightning attention ({kinds.count(0)} layers)", count.lightning),
+        (f"softmax attention ({kinds.count(1)} layers)", count.softmax),
+        ("routers", count.router),
+        ("experts", count.experts),
+        ("shared experts", count.shared),
+        ("norms", count.norms),
+        ("head", count.head),
+        ("total", count.total),
+        ("active per token, without embedding and head", count.active),
+    ]
+    return "\n".join(f"{name:46s} {number:>19,d}" for name, number in rows if number)
+
+
+def _layout(config: Config, world_size: int) -> str:
+    lines = []
+    for kind, groups in rank_groups(config.parallel, world_size).items():
+        shown = " ".join(_ranks(group) for group in groups[:_SHOWN_GROUPS])
+        more = f" ... ({len(groups)} groups)" if len(groups) > _SHOWN_GROUPS else ""
+        lines.append(f"{kind:14s} size {len(groups[0]):4d}   {shown}{more}")
+    for stage in range(config.parallel.pipeline):
+        layers = stage_layers(config, stage)
+        softmax = sum(config.model.layer_types()[layer] for layer in layers)
+        lines.append(f"stage {stage}: layers {_spans(layers)} ({softmax} softmax)")
+    sizes = derived(config, world_size)
+    sequence = "on" if sizes.sequence_parallel else "off"
+    lines.append(
+        f"sequence parallelism {sequence}; {sizes.micro_batches} micro-batches per step and data-parallel rank"
+    )
+    return "\n".join(lines)
+
+
+def _memory(config: Config, world_size: int) -> str:
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    lines = ["stage " + "".join(f"{name:>12s}" for name in names)]
+    for stage, estimate in enumerate(estimate_memory(config, world_size)):
+        lines.append(f"{stage:5d} " + "".join(f"{getattr(estimate, name) / _GIB:12.2f}" for name in names))
+    lines.append("not counted: communication buffers, allocator fragmentation, the CUDA context (about 3 to 6 GiB)")
+    return "\n".join(lines)
+
+
+def _arithmetic(config: Config, world_size: int) -> str:
+    training = config.training
+    per_token = training_flops_per_token(config.model, training.seq_length)
+    tokens = training.global_batch * training.seq_length
+    total = consumed_samples(training.steps, training) * training.seq_length
+    return "\n".join(
+        (
+            f"{per_token / 1e9:.4g} GFLOP per token (forward and backward, {training.seq_length} tokens per sequence)",
+            f"{tokens:,d} tokens and {tokens * per_token / 1e12:.4g} TFLOP per step, "
+            f"{tokens * per_token / 1e12 / world_size:.4g} TFLOP per rank",
+            f"{total:,d} tokens in {training.steps} steps",
+        )
+    )
+
+
+def _schedule(config: Config) -> str:
+    training, schedule = config.training, config.schedule
+    last = max(training.steps - 1, 0)
+    points = {0, schedule.warmup_steps, last // 4, last // 2, 3 * last // 4, last}
+    points |= {schedule.warmup_steps + schedule.constant_steps} | {stage.from_step for stage in training.batch_ramp}
+    lines = [f"{'step':>10s} {'learning rate':>14s} {'global batch':>13s}"]
+    for step in sorted(point for point in points if point <= last):
+        rate = learning_rate(step, schedule, config.optimizer, training.steps)
+        lines.append(f"{step:10d} {rate:14.4g} {global_batch_at(step, training):13d}")
+    return "\n".join(lines)
+
+
+def _ranks(group: list[int]) -> str:
+    if len(group) > 8:
+        return f"[{group[0]},{group[1]},...,{group[-1]}]"
+    return f"[{','.join(map(str, group))}]"
+
+
+def _spans(numbers: list[int]) -> str:
+    """`0-3,8-11` for runs of consecutive numbers."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in spans)

@@ -1,0 +1,63 @@
+import pytest
+
+from megatron_m1.config import Config, load_config
+from megatron_m1.engine.memory import estimate_memory, stage_layers
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    "world_size, pipeline, expert, state, total", [(128, 4, 32, 56, 66), (256, 8, 8, 47, 58), (512, 8, 8, 37, 47)]
+)
+def test_the_layout_table_of_the_released_model(world_size, pipeline, expert, state, total):
+    """GiB per GPU at 32K: full recompute, bf16 gradients. The fullest stage is the last, whose head is fp32."""
+    config = load_config(
+        ["--parallel.tensor=8", f"--parallel.pipeline={pipeline}", f"--parallel.expert={expert}"]
+        + ["--parallel.expert_tensor=1", "--training.recompute=full", "--training.grad_reduce_dtype=bf16"]
+        + ["--training.seq_length=32768", "--training.global_batch=512"]
+    )
+    stages = estimate_memory(config, world_size)
+    assert len(stages) == pipeline
+    assert max(stage.state for stage in stages) / GIB == pytest.approx(state, abs=2)
+    assert max(stage.total for stage in stages) / GIB == pytest.approx(total, abs=5)
+
+
+def tiny(**parallel):
+    config = Config()
+    model = config.model
+    model.vocab_size, model.hidden_size, model.num_hidden_layers, model.head_dim = 64, 16, 8, 8
+    model.num_attention_heads, model.num_key_value_heads, model.intermediate_size = 4, 2, 24
+    model.num_local_experts = 4
+    config.training.seq_length = 32
+    for key, value in parallel.items():
+        setattr(config.parallel, key, value)
+    return config
+
+
+def test_state_in_fp32_is_sixteen_bytes_per_parameter():
+    from megatron_m1.engine.flops import count_parameters
+
+    config = tiny()
+    config.training.precision = "fp32"
+    parameters = count_parameters(config.model).total
+    (estimate,) = estimate_memory(config, 1)
+    assert estimate.state == 16 * parameters
+    (shared,) = estimate_memory(config, 4)
+    assert shared.state == (8 + 8 / 4) * parameters
+    config.parallel.distributed_optimizer = False
+    assert estimate_memory(config, 4)[0].state == 16 * parameters
+
+
+def test_recomputation_and_sequence_parallelism_save_activations():
+    def activations(recompute, **parallel):
+        config = tiny(**parallel)
+        config.training.recompute = recompute
+        return estimate_memory(config, 2)[0].activations
+
+    assert activations("none") > activations("selective") > activations("full")
+    assert activations("none", tensor=2, sequence=False) > activations("none", tensor=2)
+
+
+def test_stages_of_the_interleaved_schedule():
+    config = tiny(pipeline=2, virtual_pipeline=2)
+    assert stage_layers(config, 0) == [0, 1, 4, 5] and stage_layers(config, 1) == [2, 3, 6, 7]

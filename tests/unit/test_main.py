@@ -1,0 +1,57 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_m1.__main__ import main
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["train"], "error: train is not a command; use pretrain, generate or doctor."),
+        (
+            ["pretrain", "--dry-run", "--parallel.tensor=3"],
+            "parallel.tensor=3 must divide model.num_attention_heads=64",
+        ),
+    ],
+)
+def test_bad_input_is_a_message_and_exit_code_2(argv, message, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+
+
+def test_help_names_the_commands(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("pretrain", "generate", "doctor"))
+
+
+def test_one_rank_of_a_job_tells_the_error():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3"]
+    command += ["-m", "megatron_m1", "pretrain", "--dry-run", "--parallel.tensr=2"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("did you mean parallel.tensor?") == 1, done.stderr
+    assert done.stderr.count("error: ") == 1
+
+
+def test_only_the_first_rank_to_fail_tells(monkeypatch):
+    """Three ranks meet one store: whoever comes first tells, the others are silent, a restarted job tells again."""
+    from torch.distributed import TCPStore
+
+    from megatron_m1.__main__ import _first_to_tell
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    assert [_first_to_tell() for _ in range(3)] == [True, False, False]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert _first_to_tell()
