@@ -1,0 +1,1 @@
+"""Forward, backward, optimizer, schedules, metrics."""

@@ -1,0 +1,35 @@
+"""Start and end of torch.distributed for one rank."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_m1 import platform
+
+__all__ = ["init_distributed", "shutdown_distributed"]
+
+
+def init_distributed(timeout_s: int) -> None:
+    """Join the job that torchrun's environment variables name; without them, a job of this process alone.
+
+    timeout_s: seconds after which a collective that a dead rank never joins raises on the others.
+    """
+    if dist.is_initialized():
+        return
+    timeout = timedelta(seconds=timeout_s)
+    if platform.is_cuda():
+        torch.cuda.set_device(platform.device())
+    if "RANK" in os.environ:
+        dist.init_process_group(platform.distributed_backend(), timeout=timeout)
+    else:
+        dist.init_process_group(
+            platform.distributed_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+
+
+def shutdown_distributed() -> None:
+    """Leave the job; safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,199 @@
+"""One training or evaluation step over all ranks."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_m1 import platform
+from megatron_m1.config.schema import Config
+from megatron_m1.engine.batch import MicroBatch
+from megatron_m1.engine.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from megatron_m1.model.build import build_model, routers, sharded_parameters
+
+__all__ = ["StepResult", "Trainer"]
+
+
+@dataclass
+class StepResult:
+    """Figures of one optimizer step, the same on every rank."""
+
+    loss: float
+    """Token-mean negative log-likelihood over the global batch, nats, without auxiliary terms."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    tokens: int
+    """Tokens with a loss, over the global batch."""
+    aux_loss: float
+    """Load-balancing loss before its coefficient, mean over layers."""
+    z_loss: float
+    expert_load: Tensor
+    """[layers, E] fp32: tokens per expert over the balanced share."""
+
+
+class Trainer:
+    """Model, gradients and optimizer of this rank, driven by core's pipeline schedules.
+
+    The loss of a step is sum(mask * nll) / sum(mask) over the GLOBAL batch: the denominator is reduced before the forward pass, so
+    that micro-batches with different numbers of tokens (or none) weigh in rightly in every layout.
+    """
+
+    def __init__(self, config: Config, groups: ProcessGroupCollection, *, train: bool = True) -> None:
+        self.config, self.groups = config, groups
+        self.device = platform.device()
+        plain = build_model(config, groups)
+        self.core = plain[0].config
+        self.models: list[Any] = plain
+        if not train:
+            return
+        self.models = wrap_data_parallel(plain, config, groups)
+        self.optimizer = build_optimizer(self.models, config, groups)
+        self.force_all_reduce = False
+        self.core.finalize_model_grads_func = self._finalize
+        self.core.grad_scale_func = None
+        if config.parallel.overlap_grad_reduce:
+            self.core.no_sync_func = _one_or_list([model.no_sync for model in self.models])
+            self.core.grad_sync_func = _one_or_list([model.start_grad_sync for model in self.models])
+        if config.parallel.overlap_param_gather:
+            self.core.param_sync_func = _one_or_list([model.start_param_sync for model in self.models])
+
+    def train_step(self, micro_batches: list[dict[str, Any]], *, lr: float) -> StepResult:
+        """Forward, backward, clip, update. `micro_batches`: this data-parallel rank's share of the global batch.
+
+        Raises FloatingPointError on every rank if the loss or the gradient norm is not finite; the weights in memory are then
+        unusable, those on disk untouched.
+        """
+        loss, tokens = self.forward_backward(micro_batches)
+        _require_finite("loss", loss)
+        set_learning_rate(self.optimizer, lr)
+        _, grad_norm, _ = self.optimizer.step()
+        _require_finite("grad_norm", grad_norm)
+        return StepResult(loss=loss, grad_norm=float(grad_norm), tokens=tokens, **self._router_statistics())
+
+    def forward_backward(self, micro_batches: list[dict[str, Any]]) -> tuple[float, int]:
+        """(loss, number of loss tokens) of the global batch; gradients end in the data-parallel buffers."""
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        for router in routers(self.models):
+            router.reset_statistics(micro_batches=len(micro_batches))
+        tokens = self._global_tokens(micro_batches)
+        parts = self._run(micro_batches, forward_only=False, scale=1.0 / max(tokens, 1))
+        return self._reduce_loss(parts), tokens
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: list[dict[str, Any]]) -> tuple[float, int]:
+        """(loss, number of loss tokens) of the global batch, without gradients."""
+        for model in self.models:
+            model.eval()
+        tokens = self._global_tokens(micro_batches)
+        parts = self._run(micro_batches, forward_only=True, scale=1.0 / max(tokens, 1))
+        return self._reduce_loss(parts), tokens
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Native name -> local parameter of this rank."""
+        return {name: sharded.data for name, sharded in sharded_parameters(self.models).items()}
+
+    def _run(self, micro_batches: list[dict[str, Any]], *, forward_only: bool, scale: float) -> list[Tensor]:
+        batches = [MicroBatch.from_dict(batch, self.device) for batch in micro_batches]
+        rows, length = batches[0].tokens.shape
+        chunks = len(self.models)
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, scale=scale),
+            data_iterator=iter(batches) if chunks == 1 else [iter(batches) for _ in range(chunks)],
+            model=self.models,
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+            pg_collection=self.groups if self.groups.pp.size() == 1 else None,
+            force_all_reduce=False if forward_only else self.force_all_reduce,
+        )
+
+    def _finalize(
+        self,
+        models: list[DistributedDataParallel],
+        num_tokens: Tensor | None,
+        pg_collection: ProcessGroupCollection | None = None,
+        force_all_reduce: bool = False,
+    ) -> None:
+        """Reduce the gradients; core must not divide them by its own token count, the loss is normalised already."""
+        finalize_model_grads(models, None, pg_collection=self.groups, force_all_reduce=force_all_reduce)
+        if self.groups.tp.size() > 1 and not self.core.sequence_parallel:
+            # The experts run on sequence shards (model/layer.py), so each rank has a part of the gate's gradient; core sums
+            # such parts only under sequence parallelism.
+            for router in routers(models):
+                dist.all_reduce(router.weight.main_grad, group=self.groups.tp)
+
+    def _global_tokens(self, micro_batches: Iterable[dict[str, Any]]) -> int:
+        count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches]).sum().to(self.device)
+        dist.all_reduce(count, group=self.groups.dp_cp)
+        return int(count.item())
+
+    def _reduce_loss(self, parts: list[Tensor]) -> float:
+        """Sum of the micro-batches' parts over the data-parallel ranks, known to every pipeline stage."""
+        loss = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.groups.pp.rank() == self.groups.pp.size() - 1:
+            dist.all_reduce(loss, group=self.groups.dp_cp)
+        if self.groups.pp.size() > 1:
+            last = dist.get_process_group_ranks(self.groups.pp)[-1]
+            dist.broadcast(loss, src=last, group=self.groups.pp)
+        return loss.item()
+
+    def _router_statistics(self) -> dict[str, Any]:
+        """aux_loss, z_loss and expert_load over all layers: summed over the ranks that share a layer, gathered over the pipeline."""
+        layers, experts = self.config.model.num_hidden_layers, self.config.model.num_local_experts
+        table = torch.zeros(layers, experts + 2, device=self.device)
+        for router in routers(self.models):
+            table[router.layer_number - 1] = torch.cat(
+                [router.tokens_per_expert, torch.stack([router.aux_loss_sum, router.z_loss_sum])]
+            )
+        dist.all_reduce(table, group=self.groups.tp_dp_cp)
+        if self.groups.pp.size() > 1:
+            dist.all_reduce(table, group=self.groups.pp)
+        counts = table[:, :experts]
+        return {
+            "aux_loss": table[:, experts].mean().item(),
+            "z_loss": table[:, experts + 1].mean().item(),
+            "expert_load": (counts / counts.mean(dim=1, keepdim=True).clamp(min=1e-20)).cpu(),
+        }
+
+
+def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, *, scale: float) -> tuple[Tensor, Any]:
+    """Core's forward_step_func: the stage's output and the function that turns it into a loss."""
+    batch = next(batches)
+    output = model(
+        batch.tokens,
+        batch.position_ids,
+        labels=batch.labels,
+        packed_seq_params=batch.packed,
+        padding_mask=batch.padding_mask,
+    )
+    return output, partial(_masked_loss, batch=batch, scale=scale)
+
+
+def _masked_loss(nll: Tensor, *, batch: MicroBatch, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss part, token count, the same part in fp64 to log); the count is unused, see Trainer._finalize."""
+    masked = nll.float() * batch.loss_mask
+    part = masked.sum() * scale
+    return part, torch.ones((), dtype=torch.int, device=nll.device), masked.detach().sum(dtype=torch.float64) * scale
+
+
+def _require_finite(name: str, value: float | None) -> None:
+    if value is None or not math.isfinite(value):
+        raise FloatingPointError(
+            f"{name}={value} is not finite; lower optimizer.lr, look at the data of this step, or resume from an earlier checkpoint"
+        )
+
+
+def _one_or_list(functions: list[Any]) -> Any:
+    return functions[0] if len(functions) == 1 else functions

@@ -1,0 +1,1 @@
+"""MiniMax-M1 from Megatron-Core's parts."""

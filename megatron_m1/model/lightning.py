@@ -1,0 +1,95 @@
+"""Lightning attention layer: linear attention with a fixed decay per head."""
+
+from typing import Any
+
+import torch
+from m1_kernels import lightning_attention, slopes
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_m1.model.norm import TensorParallelRMSNorm
+from megatron_m1.model.transformer_config import M1TransformerConfig
+
+__all__ = ["LightningAttention", "column_linear", "row_linear"]
+
+
+def column_linear(config: M1TransformerConfig, inputs: int, outputs: int, group: Any) -> ColumnParallelLinear:
+    """Bias-free linear whose output channels are spread over `group`."""
+    return ColumnParallelLinear(
+        inputs, outputs, config=config, init_method=torch.nn.init.zeros_, bias=False, gather_output=False, tp_group=group
+    )
+
+
+def row_linear(config: M1TransformerConfig, inputs: int, outputs: int, group: Any) -> RowParallelLinear:
+    """Bias-free linear whose input channels are spread over `group`; its output is reduced (scattered) over it."""
+    return RowParallelLinear(
+        inputs,
+        outputs,
+        config=config,
+        init_method=torch.nn.init.zeros_,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=False,
+        tp_group=group,
+    )
+
+
+class LightningAttention(MegatronModule):
+    """out = out_proj(sigmoid(output_gate(x)) * RMSNorm_{H*D}(lightning(silu(qkv_proj(x)))))
+
+    forward(hidden [s, b, h]) -> (out [s, b, h], None); s is local under sequence parallelism; with packed documents b is 1.
+    Heads are spread over the tensor-parallel group; decays and state are fp32.  Source: MiniMax-01 paper, section 2.2.
+    """
+
+    def __init__(
+        self,
+        config: M1TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        m1, group = config.m1, pg_collection.tp
+        self.head_dim = m1.head_dim
+        self.local_heads = m1.num_attention_heads // group.size()
+        channels = m1.num_attention_heads * m1.head_dim
+        first = group.rank() * self.local_heads
+        # A plain attribute: buffers would follow the model to bf16, where the slowest decays round to 1.
+        self.slopes = slopes(m1.num_attention_heads, layer_number - 1, m1.num_hidden_layers)[
+            first : first + self.local_heads
+        ].clone()
+        self.qkv_proj = column_linear(config, m1.hidden_size, 3 * channels, group)
+        self.output_gate = column_linear(config, m1.hidden_size, channels, group)
+        self.norm = TensorParallelRMSNorm(config, channels, m1.lightning_norm_eps, group)
+        self.out_proj = row_linear(config, channels, m1.hidden_size, group)
+        self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> tuple[Tensor, None]:
+        qkv, _ = self.qkv_proj(hidden_states)
+        if self.slopes.device != qkv.device:
+            self.slopes = self.slopes.to(qkv.device)
+
+        def core(qkv: Tensor) -> Tensor:
+            return self._attend(qkv, packed_seq_params)
+
+        out = checkpoint(core, False, qkv) if self.recompute_core and self.training else core(qkv)
+        gate, _ = self.output_gate(hidden_states)
+        out, _ = self.out_proj(torch.sigmoid(gate) * self.norm(out))
+        return out, None
+
+    def _attend(self, qkv: Tensor, packed: PackedSeqParams | None) -> Tensor:
+        """[s, b, heads*3*D] head-major [q|k|v] -> [s, b, heads*D]."""
+        seq, batch = qkv.shape[:2]
+        qkv = torch.nn.functional.silu(qkv).view(seq, batch, self.local_heads, 3 * self.head_dim).transpose(0, 1)
+        q, k, v = qkv.split(self.head_dim, dim=-1)
+        out = lightning_attention(q, k, v, self.slopes, cu_seqlens=None if packed is None else packed.cu_seqlens_q)
+        return out.transpose(0, 1).reshape(seq, batch, -1)

@@ -1,0 +1,69 @@
+"""RMSNorm over the hidden size, and over the heads of all tensor-parallel ranks."""
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+__all__ = ["RMSNorm", "TensorParallelRMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm of the last dimension, in fp32, returned in the input's dtype.
+
+    Core's own (torch_norm.py) refuses sequence parallelism; here the weight carries the mark by which core sums its
+    gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class TensorParallelRMSNorm(nn.Module):
+    """ONE RMSNorm over the channels of all heads, which are spread over the tensor-parallel group.
+
+    forward(x) with x [..., channels / tp] gives the normed local channels in x's dtype; one all-reduce of the sum of squares
+    (fp32, [..., 1]) over `group`, one more of its gradient in the backward pass.  Source: model.md, lightning output norm.
+    """
+
+    def __init__(self, config: TransformerConfig, channels: int, eps: float, group: torch.distributed.ProcessGroup) -> None:
+        super().__init__()
+        self.channels, self.eps, self.group = channels, eps, group
+        self.weight = nn.Parameter(torch.ones(channels // group.size(), dtype=config.params_dtype))
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.weight.partition_dim = 0  # type: ignore[attr-defined]
+        self.weight.partition_stride = 1  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group.size() == 1:
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        x32 = x.float()
+        squares = x32.square().sum(dim=-1, keepdim=True)
+        squares = copy_to_tensor_model_parallel_region(
+            reduce_from_tensor_model_parallel_region(squares, group=self.group), group=self.group
+        )
+        normed = x32 * torch.rsqrt(squares / self.channels + self.eps)
+        return (normed * self.weight.float()).to(x.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )

@@ -1,0 +1,5 @@
+"""Process groups and sequence layouts. The only importer of megatron.core.parallel_state."""
+
+from megatron_m1.parallel.groups import destroy_groups, group_sizes, init_groups
+
+__all__ = ["destroy_groups", "group_sizes", "init_groups"]
