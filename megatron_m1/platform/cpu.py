@@ -249,7 +249,7 @@ def _no_compiler(jit: types.ModuleType) -> None:
 
 
 def _rng_is_cpu_rng(random: types.ModuleType) -> None:
-    """tensor_parallel/random.py:104,135: the tracked generator is the CPU's; :336 warns whenever it is used."""
+    """tensor_parallel/random.py:104,135: the tracked generator is the CPU's; :333 warns whenever it is used."""
     random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     logging.getLogger(random.__name__).addFilter(
@@ -258,7 +258,7 @@ def _rng_is_cpu_rng(random: types.ModuleType) -> None:
 
 
 def _recompute_without_extension(random: types.ModuleType) -> None:
-    """tensor_parallel/random.py:72 compiles C++ at run time (`share_storage`); here the storage is refilled by a copy,
+    """tensor_parallel/random.py:73 compiles C++ at run time (`share_storage`); here the storage is refilled by a copy,
     which keeps views and version counters alike."""
 
     def share_storage(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -270,12 +270,12 @@ def _recompute_without_extension(random: types.ModuleType) -> None:
 
 
 def _recompute_without_fp8(random: types.ModuleType) -> None:
-    """tensor_parallel/random.py:739: the default fp8=False counts as "fp8 given" and needs TE's names (NameError)."""
+    """tensor_parallel/random.py:740: the default fp8=False counts as "fp8 given" and needs TE's names (NameError)."""
     random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
 def _split_sizes_to_host(token_dispatcher: types.ModuleType) -> None:
-    """moe_utils.py:1182: only CUDA tensors are turned into numpy, but all_to_all and split want plain integers."""
+    """moe_utils.py:1184: only CUDA tensors are turned into numpy, but all_to_all and split want plain integers."""
     upstream = token_dispatcher.maybe_move_tensor_to_cpu
 
     def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
@@ -311,11 +311,35 @@ def persistent_async_loop(*args) -> None:
     PersistentAsyncCaller.upstream_async_loop(*args)
 
 
+def _uneven_collectives(mappings: types.ModuleType) -> None:
+    """tensor_parallel/mappings.py:154,197: all_gather and reduce_scatter of unequal parts (experts under ETP and EP), which
+    NCCL does and gloo refuses; one broadcast or reduction per rank does the same."""
+    dist = torch.distributed
+
+    def all_gather(outputs, tensor, group):
+        for rank, output in zip(dist.get_process_group_ranks(group), outputs, strict=True):
+            if rank == dist.get_rank():
+                output.copy_(tensor)
+            dist.broadcast(output, src=rank, group=group)
+
+    def reduce_scatter(output, tensors, group):
+        for rank, tensor in zip(dist.get_process_group_ranks(group), tensors, strict=True):
+            part = tensor.clone()
+            dist.reduce(part, dst=rank, group=group)
+            if rank == dist.get_rank():
+                output.copy_(part)
+
+    mappings.torch = _view(
+        mappings.torch, distributed=_view(dist, all_gather=all_gather, reduce_scatter=reduce_scatter)
+    )
+
+
 NO_TE_FIXES: dict[str, tuple[Callable, ...]] = {"tensor_parallel.random": (_recompute_without_fp8,)}
 FIXES: dict[str, tuple[Callable, ...]] = {
     "dist_checkpointing.strategies.async_utils": (_async_worker_without_device,),
     "jit": (_no_compiler,),
     "models.common.embeddings.rope_utils": (_no_pinned_memory,),
+    "tensor_parallel.mappings": (_uneven_collectives,),
     "tensor_parallel.random": (_rng_is_cpu_rng, _recompute_without_extension, _recompute_without_fp8),
     "transformer.moe.token_dispatcher": (_split_sizes_to_host,),
 }
