@@ -223,8 +223,6 @@ def _schedule(config: Config) -> Iterator[str]:
             f"schedule.min_lr={schedule.min_lr} must not exceed optimizer.lr={config.optimizer.lr}; "
             "lower it or raise optimizer.lr."
         )
-    if schedule.warmup_steps > steps:
-        yield f"schedule.warmup_steps={schedule.warmup_steps} must not exceed training.steps={steps}; lower it."
     decays = schedule.kind in ("wsd", "constant_decay")
     if (schedule.kind == "exponential" or (decays and schedule.decay_style == "exponential")) and schedule.min_lr == 0:
         key = "schedule.kind" if schedule.kind == "exponential" else "schedule.decay_style"
@@ -239,11 +237,10 @@ def _schedule(config: Config) -> Iterator[str]:
         )
     if schedule.kind == "wsd" and schedule.decay_steps is None:
         yield "schedule.kind=wsd needs schedule.decay_steps, the length of the final decay; set e.g. a tenth of training.steps."
-    used = schedule.warmup_steps + schedule.constant_steps
-    used += (schedule.decay_steps or 0) if decays else 0
-    if decays and used > steps:
+    used = schedule.warmup_steps + (schedule.decay_steps or 0)
+    if schedule.kind == "wsd" and used > steps:
         yield (
-            f"schedule.warmup_steps+constant_steps+decay_steps={used} must not exceed training.steps={steps}; "
+            f"schedule.warmup_steps+decay_steps={used} must not exceed training.steps={steps}; "
             "shorten one or raise training.steps."
         )
     if not decays and schedule.decay_steps is not None and schedule.decay_steps < schedule.warmup_steps:
