@@ -3,6 +3,7 @@
 import atexit
 import faulthandler
 import gc
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -169,9 +170,7 @@ def _serve(pipe: multiprocessing.connection.Connection, stacks: str) -> None:
     """Body of one rank: run tasks until the pool closes its end of the pipe."""
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
-        from megatron_m1.platform import setup
-
-        setup()
+        importlib.import_module(PRELOAD)
         import torch
 
         torch.set_num_threads(1)
