@@ -1,6 +1,6 @@
 """Text to token files (PREFIX.bin, PREFIX.idx) that Megatron-Core's IndexedDataset reads.
 
-    python tools/preprocess_data.py --input FILES --tokenizer DIR --output-prefix P --workers N
+python tools/preprocess_data.py --input FILES --tokenizer DIR --output-prefix P --workers N
 """
 
 import argparse
@@ -50,20 +50,35 @@ class Progress:
 def parse_arguments() -> PreprocessOptions:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--input", nargs="+", default=[], metavar="PATH",
-        help=".jsonl, .jsonl.gz, plain text files (one document each), or directories of them")
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help=".jsonl, .jsonl.gz, plain text files (one document each), or directories of them",
+    )
     add("--input-list", metavar="FILE", help="a file that names one input a line")
     add("--tokenizer", required=True, metavar="DIR", help="directory with tokenizer.json")
     add("--output-prefix", required=True, metavar="P")
     add("--workers", type=int, default=1, metavar="N", help="worker processes; the output does not depend on it")
-    add("--glob", nargs="+", default=["*.txt", "*.jsonl", "*.jsonl.gz"], metavar="PATTERN",
-        help="file names taken from input directories, e.g. '*.py' (default: *.txt *.jsonl *.jsonl.gz)")
+    add(
+        "--glob",
+        nargs="+",
+        default=["*.txt", "*.jsonl", "*.jsonl.gz"],
+        metavar="PATTERN",
+        help="file names taken from input directories, e.g. '*.py' (default: *.txt *.jsonl *.jsonl.gz)",
+    )
     add("--json-key", default="text", metavar="KEY")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--eod-token", metavar="TOKEN", help="default: eos_token of tokenizer_config.json, else <eod>")
     add("--dtype", choices=["uint16", "int32"], help="default: uint16 below 65,500 tokens, else int32")
-    add("--max-bad-lines", type=int, default=100, metavar="K",
-        help="quarantine at most K bad lines or files, else fail (default: 100)")
+    add(
+        "--max-bad-lines",
+        type=int,
+        default=100,
+        metavar="K",
+        help="quarantine at most K bad lines or files, else fail (default: 100)",
+    )
     add("--overwrite", action="store_true", help="replace existing output")
     args = parser.parse_args()
     inputs = list(args.input)
@@ -72,9 +87,18 @@ def parse_arguments() -> PreprocessOptions:
     if not inputs:
         parser.error("give --input or --input-list")
     return PreprocessOptions(
-        input=inputs, tokenizer=args.tokenizer, output_prefix=args.output_prefix, workers=args.workers, globs=args.glob,
-        json_key=args.json_key, append_eod=args.append_eod, eod_token=args.eod_token, dtype=args.dtype,
-        max_bad_lines=args.max_bad_lines, overwrite=args.overwrite)
+        input=inputs,
+        tokenizer=args.tokenizer,
+        output_prefix=args.output_prefix,
+        workers=args.workers,
+        globs=args.glob,
+        json_key=args.json_key,
+        append_eod=args.append_eod,
+        eod_token=args.eod_token,
+        dtype=args.dtype,
+        max_bad_lines=args.max_bad_lines,
+        overwrite=args.overwrite,
+    )
 
 
 def main() -> int:
@@ -93,10 +117,14 @@ def main() -> int:
         return 130
     progress.close()
     megabytes, seconds = summary.input_bytes / 1e6, summary.seconds
-    print(f"{options.output_prefix}: {summary.documents:,} documents ({summary.empty_documents:,} empty ones left out), "
-          f"{summary.tokens:,} tokens, {summary.bad_records:,} bad records")
-    print(f"{megabytes:.1f} MB in {seconds:.1f} s: {megabytes / seconds:.2f} MB/s, "
-          f"{summary.tokens / seconds / 1e3:.0f}k tokens/s with {options.workers} workers")
+    print(
+        f"{options.output_prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens; left out: "
+        f"{summary.empty_documents:,} empty documents, {summary.bad_records:,} bad records"
+    )
+    print(
+        f"{megabytes:.1f} MB in {seconds:.1f} s: {megabytes / seconds:.2f} MB/s, "
+        f"{summary.tokens / seconds / 1e3:.0f}k tokens/s with {options.workers} workers"
+    )
     return 0
 
 

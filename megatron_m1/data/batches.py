@@ -24,11 +24,13 @@ def collate(samples: Sequence[Sample], *, document_boundaries: str) -> Batch:
     """One micro-batch of b samples.
 
     tokens, labels, position_ids: int64 [b, T].  loss_mask: float32 [b, T].
-    With document_boundaries "reset" also cu_seqlens: int32 [documents + 1], the boundaries of the documents in the b * T
-    tokens laid end to end (0 first, b * T last, every sample start among them), and max_seqlen: int, the longest.
+    With document_boundaries "reset" also cu_seqlens: int32 [documents + 1], the boundaries of the documents in the
+    b * T tokens laid end to end (0 first, b * T last, every sample start among them), and max_seqlen: int, the longest.
     """
-    batch: Batch = {key: torch.stack([sample[key] for sample in samples])
-                    for key in ("tokens", "labels", "loss_mask", "position_ids")}
+    batch: Batch = {
+        key: torch.stack([sample[key] for sample in samples])
+        for key in ("tokens", "labels", "loss_mask", "position_ids")
+    }
     if document_boundaries == "reset":
         length = samples[0]["tokens"].numel()
         parts = [sample["document_starts"] + row * length for row, sample in enumerate(samples)]
@@ -53,15 +55,18 @@ class MicroBatches:
         self._threads = ThreadPoolExecutor(num_workers, "data") if num_workers else None
         self._expected: dict[tuple[int, ...], list[Future[Batch]]] = {}
 
-    def step(self, position: int, global_batch: int, micro_batch: int, dp_rank: int = 0,
-             dp_size: int = 1) -> list[Batch]:
+    def step(
+        self, position: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> list[Batch]:
         """The micro-batches of rank dp_rank, in order; see `collate`.
 
         position: samples consumed before this step.  Raises ConfigError if global_batch does not divide.
         """
         if global_batch < 1 or global_batch % (micro_batch * dp_size):
-            raise ConfigError(f"training.global_batch={global_batch} must be a multiple of training.micro_batch="
-                              f"{micro_batch} times the {dp_size} data-parallel ranks; change one of them.")
+            raise ConfigError(
+                f"training.global_batch={global_batch} must be a multiple of training.micro_batch="
+                f"{micro_batch} times the {dp_size} data-parallel ranks; change one of them."
+            )
         sizes = (global_batch, micro_batch, dp_rank, dp_size)
         starts = self._starts(position, *sizes)
         if self._threads is None:
@@ -94,8 +99,10 @@ class MicroBatches:
         return [self._threads.submit(self._load, start, micro_batch) for start in starts]
 
     def _load(self, start: int, micro_batch: int) -> Batch:
-        return collate([self.dataset[index] for index in range(start, start + micro_batch)],
-                       document_boundaries=self.document_boundaries)
+        return collate(
+            [self.dataset[index] for index in range(start, start + micro_batch)],
+            document_boundaries=self.document_boundaries,
+        )
 
 
 def evaluation_steps(dataset: Dataset, batches: int, global_batch: int) -> int:

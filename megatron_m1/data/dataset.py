@@ -35,8 +35,9 @@ MOCK_JUMP = 10
 """One token in so many of the mock data does not follow from the one before it."""
 
 
-def build_dataset(config: DataConfig, *, seq_length: int, seed: int, split: Split,
-                  vocab_size: int) -> "TokenDataset | MockDataset":
+def build_dataset(
+    config: DataConfig, *, seq_length: int, seed: int, split: Split, vocab_size: int
+) -> "TokenDataset | MockDataset":
     """The dataset of a split: `MockDataset` with data.mock, else `TokenDataset`.  Raises ConfigError."""
     if config.mock:
         return MockDataset(seq_length=seq_length, seed=seed, split=split, vocab_size=vocab_size)
@@ -58,11 +59,15 @@ class TokenDataset:
         prefixes = config.train if split == "train" else config.valid
         weights = config.train_weights if split == "train" else config.valid_weights
         if not prefixes:
-            raise ConfigError(f"data.{split} is empty; give prefixes of files made by tools/preprocess_data.py, or set "
-                              "data.mock=true.")
+            raise ConfigError(
+                f"data.{split} is empty; give prefixes of files made by tools/preprocess_data.py, or set "
+                "data.mock=true."
+            )
         if weights is not None and len(weights) != len(prefixes):
-            raise ConfigError(f"data.{split}_weights has {len(weights)} entries, data.{split} has {len(prefixes)}; "
-                              "give one weight for each prefix.")
+            raise ConfigError(
+                f"data.{split}_weights has {len(weights)} entries, data.{split} has {len(prefixes)}; "
+                "give one weight for each prefix."
+            )
         if config.eod_token_id is not None and not 0 <= config.eod_token_id < vocab_size:
             raise ConfigError(f"data.eod_token_id={config.eod_token_id} is outside [0, model.vocab_size={vocab_size}).")
         self.seq_length, self.seed, self.split = seq_length, seed, split
@@ -95,15 +100,19 @@ class TokenDataset:
     def _count_windows(self, file: TokenFile) -> int:
         windows = (file.num_tokens - 1) // self.seq_length
         if windows < 1:
-            raise ConfigError(f"{file.bin_path} has {file.num_tokens} tokens, a window needs training.seq_length + 1 = "
-                              f"{self.seq_length + 1}; shorten training.seq_length or add text.")
+            raise ConfigError(
+                f"{file.bin_path} has {file.num_tokens} tokens, a window needs training.seq_length + 1 = "
+                f"{self.seq_length + 1}; shorten training.seq_length or add text."
+            )
         return windows
 
     def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
         for file in self.files:
             if file.metadata.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
-                raise ConfigError(f"{file.prefix} was made with another tokenizer than data.tokenizer={tokenizer.path} "
-                                  "(their hashes differ); preprocess the text again or correct data.tokenizer.")
+                raise ConfigError(
+                    f"{file.prefix} was made with another tokenizer than data.tokenizer={tokenizer.path} "
+                    "(their hashes differ); preprocess the text again or correct data.tokenizer."
+                )
 
 
 class MockDataset:

@@ -131,8 +131,9 @@ class PieceReader:
                 with open(self.piece.files[0], "rb", buffering=1 << 20) as stream:
                     yield from self._json_lines(self._lines_of_range(stream), at_start=self.piece.start == 0)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ConfigError(f"{self.piece.files[0]} is damaged after line {self.lines} ({error}); copy it again or "
-                              "leave it out.") from None
+            raise ConfigError(
+                f"{self.piece.files[0]} is damaged after line {self.lines} ({error}); copy it again or leave it out."
+            ) from None
         except OSError as error:
             raise ConfigError(f"{error.filename or self.piece} cannot be read ({error.strerror or error}).") from None
 

@@ -30,7 +30,7 @@ BATCH_CHARS = 1 << 18
 
 
 class PreprocessError(RuntimeError):
-    """The run could not finish: a worker died, or too many bad records."""
+    """The run could not finish: a worker died, an input could not be read, or too many bad records."""
 
 
 @dataclass
@@ -73,26 +73,35 @@ class _Result:
     bad: list[BadRecord]
 
 
-def preprocess(options: PreprocessOptions, *, progress: Callable[[int, int], None] = lambda done, total: None,
-               report: Callable[[str], None] = lambda line: None) -> Summary:
-    """Summary, after writing OUTPUT_PREFIX.bin, .idx and .json.
+def preprocess(
+    options: PreprocessOptions,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Summary:
+    """Summary, after writing OUTPUT_PREFIX.bin, .idx and .meta.json.
 
     Empty documents are left out.  Bad records go to OUTPUT_PREFIX.quarantine.jsonl and, as `file:line: reason`, to
     `report`; `progress` is told (bytes done, bytes in all).
-    Raises ConfigError for wrong options and PreprocessError if a worker dies or there are more than
-    options.max_bad_lines bad records; then no output appears and an older one stays as it was.
+    Raises ConfigError for wrong options and PreprocessError if a worker dies, an input cannot be read or there are
+    more than options.max_bad_lines bad records; then no output appears and an older one stays as it was.
     """
     tokenizer = Tokenizer(options.tokenizer, eod_token=options.eod_token)
     dtype = _output_dtype(options, tokenizer)
     pieces = plan_pieces(options.input, options.globs)
-    metadata = {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id,
-                "append_eod": options.append_eod}
+    metadata = {
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+        "append_eod": options.append_eod,
+    }
     writer = TokenFileWriter(options.output_prefix, dtype, metadata=metadata, overwrite=options.overwrite)
     quarantine = Path(f"{options.output_prefix}.quarantine.jsonl")
     quarantine.unlink(missing_ok=True)
     summary = Summary(input_bytes=sum(piece.size for piece in pieces))
-    shards = tempfile.mkdtemp(prefix=os.path.basename(options.output_prefix) + ".shards-",
-                              dir=os.path.dirname(options.output_prefix) or ".")
+    shards = tempfile.mkdtemp(
+        prefix=os.path.basename(options.output_prefix) + ".shards-", dir=os.path.dirname(options.output_prefix) or "."
+    )
     start = time.perf_counter()
     pool = _Pool(options, dtype, shards)
     try:
@@ -122,16 +131,24 @@ def _output_dtype(options: PreprocessOptions, tokenizer: Tokenizer) -> np.dtype:
         return token_dtype(tokenizer.vocab_size)
     dtype = np.dtype(options.dtype)
     if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
-        raise ConfigError(f"--dtype {dtype} cannot hold the {tokenizer.vocab_size} tokens of {tokenizer.path}; "
-                          "use int32.")
+        raise ConfigError(
+            f"--dtype {dtype} cannot hold the {tokenizer.vocab_size} tokens of {tokenizer.path}; use int32."
+        )
     return dtype
 
 
 class _Merge:
     """Takes results in any order and appends them in input order."""
 
-    def __init__(self, writer: TokenFileWriter, shards: str, quarantine: Path, max_bad: int, summary: Summary,
-                 report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        writer: TokenFileWriter,
+        shards: str,
+        quarantine: Path,
+        max_bad: int,
+        summary: Summary,
+        report: Callable[[str], None],
+    ) -> None:
         self.writer, self.shards, self.quarantine = writer, shards, quarantine
         self.max_bad, self.summary, self.report = max_bad, summary, report
         self.waiting: dict[int, tuple[Piece, _Result]] = {}
@@ -165,9 +182,11 @@ class _Merge:
                 record = {"file": bad.file, "line": line, "reason": bad.reason, "raw": bad.raw}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
                 if self.summary.bad_records > self.max_bad:
-                    raise PreprocessError(f"more than --max-bad-lines {self.max_bad} bad records, the last one at "
-                                          f"{bad.file}:{line}; see {self.quarantine}, mend the input or raise the "
-                                          "limit. No token file was written.")
+                    raise PreprocessError(
+                        f"more than --max-bad-lines {self.max_bad} bad records, the last one at "
+                        f"{bad.file}:{line}; see {self.quarantine}, mend the input or raise the "
+                        "limit. No token file was written."
+                    )
 
 
 class _Pool:
@@ -178,19 +197,20 @@ class _Pool:
         self.processes: dict[Connection, multiprocessing.process.BaseProcess] = {}
 
     def run(self, pieces: list[Piece]) -> Iterator[tuple[int, _Result]]:
-        """Yields (index, _Result) as pieces finish.  Raises ConfigError of a worker and PreprocessError."""
+        """Yields (index, _Result) as pieces finish.  Raises PreprocessError."""
         todo = iter(enumerate(pieces))
         running: dict[Connection, Piece] = {}
         for _ in range(min(self.options.workers, len(pieces))):
             self._hand_out(self._start(), todo, running)
         while running:
-            for connection in wait(list(running)):
+            ready = wait(list(running))
+            for connection in [connection for connection in running if connection in ready]:
                 try:
                     index, result = connection.recv()
                 except (EOFError, ConnectionResetError):
                     raise self._death(connection, running[connection]) from None
                 if isinstance(result, str):
-                    raise ConfigError(result)
+                    raise PreprocessError(f"{result} No token file was written.")
                 del running[connection]
                 self._hand_out(connection, todo, running)
                 yield index, result
@@ -212,8 +232,9 @@ class _Pool:
         self.processes[ours] = process
         return ours
 
-    def _hand_out(self, connection: Connection, todo: Iterator[tuple[int, Piece]],
-                  running: dict[Connection, Piece]) -> None:
+    def _hand_out(
+        self, connection: Connection, todo: Iterator[tuple[int, Piece]], running: dict[Connection, Piece]
+    ) -> None:
         task = next(todo, None)
         if task is None:
             return
@@ -229,8 +250,10 @@ class _Pool:
         code = process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = " (out of memory? use fewer --workers)" if code == -signal.SIGKILL else ""
-        return PreprocessError(f"worker process {process.pid} {how}{hint} while it tokenized {piece}. "
-                               "No token file was written; run again.")
+        return PreprocessError(
+            f"worker process {process.pid} {how}{hint} while it tokenized {piece}. "
+            "No token file was written; run again."
+        )
 
 
 def _shard_path(shards: str, index: int) -> str:
@@ -247,6 +270,7 @@ def _work(connection: Connection, options: PreprocessOptions, dtype: np.dtype, s
             index, piece = connection.recv()
         except EOFError:
             return
+        result: _Result | str
         try:
             result = _tokenize(piece, tokenizer, options, dtype, _shard_path(shards, index))
         except (ConfigError, OSError) as error:

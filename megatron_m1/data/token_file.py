@@ -4,7 +4,7 @@ Layout of .idx, little-endian: `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u6
 int32 length per sequence (tokens), int64 offset per sequence (bytes), int64 first sequence of each document and, last,
 the number of sequences.  Source: megatron/core/datasets/indexed_dataset.py (0.19.2).
 
-`PREFIX.json`, which Megatron does not know, states which tokenizer made the pair; it is optional on reading.
+`PREFIX.meta.json`, which Megatron does not know, states which tokenizer made the pair; it is optional on reading.
 """
 
 import json
@@ -26,8 +26,9 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 BLOCK = 1 << 20
+ENDINGS = ("bin", "meta.json", "idx")
 SCAN_BYTES = 1 << 28
-"""Files without a .json that are at most this large are read once at opening to find their largest token id."""
+"""Files without a .meta.json that are at most this large are read once at opening to find their largest token id."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -40,10 +41,10 @@ class TokenFile:
 
     tokens: [num_tokens] all documents end to end, in the file's dtype.
     document_starts: [num_documents] int64, position of each document's first token in `tokens`.
-    metadata: dict of PREFIX.json, empty if there is none.
+    metadata: dict of PREFIX.meta.json, empty if there is none.
     Raises ConfigError, naming the file and the remedy, for a missing, truncated or foreign file, a .bin that does not
     match its .idx and, when vocab_size is given, token ids outside [0, vocab_size).  Ids are checked at opening through
-    the .json or, without one, by reading files of at most 256 MiB; `read` checks every range it returns.
+    the .meta.json or, without one, by reading files of at most 256 MiB; `read` checks every range it returns.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], *, vocab_size: int | None = None) -> None:
@@ -52,8 +53,11 @@ class TokenFile:
         self.idx_path, self.bin_path = self.prefix + ".idx", self.prefix + ".bin"
         for path in (self.idx_path, self.bin_path):
             if not os.path.isfile(path):
-                hint = "give the prefix without .bin or .idx" if self.prefix.endswith((".bin", ".idx")) else (
-                    "make it with tools/preprocess_data.py or correct the prefix")
+                hint = (
+                    "give the prefix without .bin or .idx"
+                    if self.prefix.endswith((".bin", ".idx"))
+                    else ("make it with tools/preprocess_data.py or correct the prefix")
+                )
                 raise ConfigError(f"{path} does not exist; {hint}.")
         self._read_index()
         self._map_tokens()
@@ -80,7 +84,7 @@ class TokenFile:
         return ids
 
     def starts_within(self, start: int, count: int) -> np.ndarray:
-        """Offsets from `start`, int64 and strictly increasing, of the documents that begin in [start, start + count)."""
+        """Offsets from `start` (int64, strictly increasing) of the documents that begin in [start, start + count)."""
         low, high = np.searchsorted(self.document_starts, [start, start + count], side="left")
         return np.unique(self.document_starts[low:high]) - start
 
@@ -89,15 +93,19 @@ class TokenFile:
         with open(self.idx_path, "rb") as stream:
             header = stream.read(HEADER.size)
         if header[: len(MAGIC)] != MAGIC:
-            raise ConfigError(f"{self.idx_path} does not start with MMIDIDX, so it is not a token index; "
-                              "make it again with tools/preprocess_data.py.")
+            raise ConfigError(
+                f"{self.idx_path} does not start with MMIDIDX, so it is not a token index; "
+                "make it again with tools/preprocess_data.py."
+            )
         if len(header) < HEADER.size:
             raise self._truncated_index(size, HEADER.size)
         _, version, code, sequences, entries = HEADER.unpack(header)
         if version != 1 or code not in DTYPES or entries < 1:
-            raise ConfigError(f"{self.idx_path} has version {version} (known: 1), dtype code {code} (known: "
-                              f"{sorted(DTYPES)}) and {entries} document entries (at least 1); make it again with "
-                              "tools/preprocess_data.py.")
+            raise ConfigError(
+                f"{self.idx_path} has version {version} (known: 1), dtype code {code} (known: "
+                f"{sorted(DTYPES)}) and {entries} document entries (at least 1); make it again with "
+                "tools/preprocess_data.py."
+            )
         expected = HEADER.size + sequences * (4 + 8) + entries * 8
         if size != expected:
             raise self._truncated_index(size, expected)
@@ -108,8 +116,10 @@ class TokenFile:
         self._documents = np.frombuffer(data, np.int64, entries, HEADER.size + 12 * sequences)
 
     def _truncated_index(self, size: int, expected: int) -> ConfigError:
-        return ConfigError(f"{self.idx_path} has {size} bytes, its header asks for {expected}: it is truncated or "
-                           "damaged; copy it again or make it again with tools/preprocess_data.py.")
+        return ConfigError(
+            f"{self.idx_path} has {size} bytes, its header asks for {expected}: it is truncated or "
+            "damaged; copy it again or make it again with tools/preprocess_data.py."
+        )
 
     def _map_tokens(self) -> None:
         size = os.path.getsize(self.bin_path)
@@ -117,9 +127,11 @@ class TokenFile:
         if len(self._lengths):
             expected = int(self._offsets[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
         if size != expected:
-            raise ConfigError(f"{self.bin_path} has {size} bytes, {self.idx_path} describes {expected}: the pair is "
-                              "truncated or does not belong together; copy both again or make them again with "
-                              "tools/preprocess_data.py.")
+            raise ConfigError(
+                f"{self.bin_path} has {size} bytes, {self.idx_path} describes {expected}: the pair is "
+                "truncated or does not belong together; copy both again or make them again with "
+                "tools/preprocess_data.py."
+            )
         self.tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype) if size else np.empty(0, self.dtype)
 
     def _check_offsets(self) -> None:
@@ -141,21 +153,26 @@ class TokenFile:
         self.document_starts = first // self.dtype.itemsize
 
     def _damaged_index(self, what: str) -> ConfigError:
-        return ConfigError(f"{self.idx_path} holds {what}: it is damaged; copy it again or make it again with "
-                           "tools/preprocess_data.py.")
+        return ConfigError(
+            f"{self.idx_path} holds {what}: it is damaged; copy it again or make it again with "
+            "tools/preprocess_data.py."
+        )
 
     def _read_metadata(self) -> dict[str, Any]:
-        path = self.prefix + ".json"
+        path = self.prefix + ".meta.json"
         if not os.path.isfile(path):
             return {}
         try:
             metadata = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON ({error}); make the files again with "
-                              "tools/preprocess_data.py or delete it.") from None
+            raise ConfigError(
+                f"{path} is not valid JSON ({error}); make the files again with tools/preprocess_data.py or delete it."
+            ) from None
         if not isinstance(metadata, dict) or metadata.get("tokens") != self.num_tokens:
-            raise ConfigError(f"{path} does not describe {self.bin_path} ({self.num_tokens} tokens); copy the three "
-                              "files again or delete the .json.")
+            raise ConfigError(
+                f"{path} does not describe {self.bin_path} ({self.num_tokens} tokens); copy the three "
+                "files again or delete the .meta.json."
+            )
         return metadata
 
     def _check_vocabulary(self, vocab_size: int) -> None:
@@ -167,38 +184,46 @@ class TokenFile:
     def _check_range(self, smallest: int, largest: int, vocab_size: int) -> None:
         if smallest < 0 or largest >= vocab_size:
             bad = smallest if smallest < 0 else largest
-            raise ConfigError(f"{self.bin_path} holds token id {bad}, outside [0, model.vocab_size={vocab_size}); set "
-                              "model.vocab_size to the tokenizer's size or use the files of the right tokenizer.")
+            raise ConfigError(
+                f"{self.bin_path} holds token id {bad}, outside [0, model.vocab_size={vocab_size}); set "
+                "model.vocab_size to the tokenizer's size or use the files of the right tokenizer."
+            )
 
 
 class TokenFileWriter:
-    """Writes PREFIX.bin, .json and .idx; a context manager.
+    """Writes PREFIX.bin, .meta.json and .idx; a context manager.
 
-    Everything goes to temporary names first; leaving the block without an error renames .bin, .json and, last, .idx;
+    Everything goes to temporary names first; leaving the block without an error renames .bin, .meta.json and, last, .idx;
     leaving it with an error removes the temporary files.  dtype: see `token_dtype`.
-    metadata: stored in PREFIX.json together with `tokens`, `documents`, `dtype` and `max_token_id`.
+    metadata: stored in PREFIX.meta.json together with `tokens`, `documents`, `dtype` and `max_token_id`.
     Raises ConfigError if the files exist and `overwrite` is not set.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype, *, metadata: dict[str, Any] | None = None,
-                 overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        prefix: str | os.PathLike[str],
+        dtype: np.dtype,
+        *,
+        metadata: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
         self.prefix, self.dtype = os.fspath(prefix), np.dtype(dtype)
         if self.dtype not in CODES:
             raise ConfigError(f"dtype {self.dtype} is not one of {[str(d) for d in CODES]}.")
         self.metadata = dict(metadata or {})
         if not overwrite:
-            for path in (self.prefix + ".bin", self.prefix + ".idx"):
+            for path in [f"{self.prefix}.{ending}" for ending in ENDINGS]:
                 if os.path.exists(path):
                     raise ConfigError(f"{path} exists; choose another --output-prefix or pass --overwrite.")
         parent = os.path.dirname(self.prefix) or "."
         os.makedirs(parent, exist_ok=True)
-        self._temporary = {end: f"{self.prefix}.{end}.tmp-{os.getpid()}" for end in ("bin", "json", "idx")}
+        self._temporary = {ending: f"{self.prefix}.{ending}.tmp-{os.getpid()}" for ending in ENDINGS}
         self._lengths: list[np.ndarray] = []
         self._max_token_id = -1
         self.num_tokens = 0
 
     def __enter__(self) -> Self:
-        self._stream = open(self._temporary["bin"], "wb")  # noqa: SIM115 (closed in __exit__)
+        self._stream = open(self._temporary["bin"], "wb")
         return self
 
     def add_document(self, ids: list[int] | np.ndarray) -> None:
@@ -206,8 +231,9 @@ class TokenFileWriter:
         wide = np.asarray(ids, dtype=np.int64)
         limits = np.iinfo(self.dtype)
         if len(wide) and (wide.min() < 0 or wide.max() > limits.max):
-            raise ConfigError(f"{self.prefix}.bin: token ids {wide.min()}..{wide.max()} do not fit {self.dtype}; "
-                              "use int32.")
+            raise ConfigError(
+                f"{self.prefix}.bin: token ids {wide.min()}..{wide.max()} do not fit {self.dtype}; use int32."
+            )
         self._stream.write(wide.astype(self.dtype).tobytes())
         self._lengths.append(np.array([len(wide)], np.int32))
         self.num_tokens += len(wide)
@@ -225,8 +251,9 @@ class TokenFileWriter:
         self.num_tokens += expected // self.dtype.itemsize
         self._max_token_id = max(self._max_token_id, max_token_id)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()
@@ -244,12 +271,16 @@ class TokenFileWriter:
                 part.tofile(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        self.metadata |= {"tokens": self.num_tokens, "documents": len(lengths),
-                          "dtype": str(self.dtype), "max_token_id": self._max_token_id}
-        Path(self._temporary["json"]).write_text(json.dumps(self.metadata, indent=2) + "\n", encoding="utf-8")
+        self.metadata |= {
+            "tokens": self.num_tokens,
+            "documents": len(lengths),
+            "dtype": str(self.dtype),
+            "max_token_id": self._max_token_id,
+        }
+        Path(self._temporary["meta.json"]).write_text(json.dumps(self.metadata, indent=2) + "\n", encoding="utf-8")
         self._stream.flush()
         os.fsync(self._stream.fileno())
         # Without its .idx an older pair that is being replaced cannot be read: no moment shows a mixed pair.
         Path(self.prefix + ".idx").unlink(missing_ok=True)
-        for end in ("bin", "json", "idx"):
-            os.replace(self._temporary[end], f"{self.prefix}.{end}")
+        for ending in ENDINGS:
+            os.replace(self._temporary[ending], f"{self.prefix}.{ending}")

@@ -24,28 +24,35 @@ class Tokenizer:
     Raises ConfigError for a missing or unreadable directory, an unknown eod_token and too small a model vocabulary.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, eod_token: str | None = None,
-                 model_vocab_size: int | None = None) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], *, eod_token: str | None = None, model_vocab_size: int | None = None
+    ) -> None:
         self.path = Path(directory) / "tokenizer.json"
         if not self.path.is_file():
-            raise ConfigError(f"tokenizer: {self.path} does not exist; give a directory that holds tokenizer.json, "
-                              "e.g. one made by tools/train_tokenizer.py.")
+            raise ConfigError(
+                f"tokenizer: {self.path} does not exist; give a directory that holds tokenizer.json, "
+                "e.g. one made by tools/train_tokenizer.py."
+            )
         data = self.path.read_bytes()
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
             self.backend = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the Rust side raises plain Exception
-            raise ConfigError(f"tokenizer: {self.path} cannot be read ({error}); make it again with "
-                              "tools/train_tokenizer.py or copy it again.") from None
+            raise ConfigError(
+                f"tokenizer: {self.path} cannot be read ({error}); make it again with "
+                "tools/train_tokenizer.py or copy it again."
+            ) from None
         # A tokenizer.json may carry the truncation or padding of its last use; documents are never cut.
         self.backend.no_truncation()
         self.backend.no_padding()
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod_id = self._find_eod(eod_token)
         if model_vocab_size is not None and self.vocab_size > model_vocab_size:
-            raise ConfigError(f"model.vocab_size={model_vocab_size} is smaller than the {self.vocab_size} tokens of "
-                              f"{self.path}; set model.vocab_size to {self.vocab_size} or more, or use the tokenizer "
-                              "of this model.")
+            raise ConfigError(
+                f"model.vocab_size={model_vocab_size} is smaller than the {self.vocab_size} tokens of "
+                f"{self.path}; set model.vocab_size to {self.vocab_size} or more, or use the tokenizer "
+                "of this model."
+            )
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids, nothing added.  A special token spelled in the text is plain text unless parse_special."""

@@ -15,8 +15,15 @@ from megatron_m1.data.tokenizer import EOD_TOKEN
 __all__ = ["train_tokenizer"]
 
 
-def train_tokenizer(inputs: list[str], output: str | os.PathLike[str], *, vocab_size: int, globs: list[str],
-                    json_key: str = "text", overwrite: bool = False) -> tuple[int, int]:
+def train_tokenizer(
+    inputs: list[str],
+    output: str | os.PathLike[str],
+    *,
+    vocab_size: int,
+    globs: list[str],
+    json_key: str = "text",
+    overwrite: bool = False,
+) -> tuple[int, int]:
     """(vocabulary size reached, records left out as malformed) after writing OUTPUT/tokenizer.json and
     tokenizer_config.json.
 
@@ -44,12 +51,19 @@ def train_tokenizer(inputs: list[str], output: str | os.PathLike[str], *, vocab_
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOD_TOKEN], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD_TOKEN],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(documents(), trainer)
     directory.mkdir(parents=True, exist_ok=True)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD_TOKEN,
-              "clean_up_tokenization_spaces": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOD_TOKEN,
+        "clean_up_tokenization_spaces": False,
+    }
     _replace(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     _replace(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
     return tokenizer.get_vocab_size(), skipped
