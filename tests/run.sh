@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Set up .venv if need be, then lint, type-check and test. Arguments go to pytest, e.g. `tests/run.sh tests/unit/data`.
+# Every step runs; the exit code is non-zero if any failed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=tools/setup_env.sh
+source tools/setup_env.sh
+
+failed=()
+step() { # step NAME COMMAND...
+    local name="$1"
+    shift
+    echo "== $name"
+    "$@" || failed+=("$name")
+}
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+step "ruff check" "$PYTHON" -m ruff check .
+step "ruff format" "$PYTHON" -m ruff format --check .
+step "mypy" "$PYTHON" -m mypy megatron_m1 kernels
+step "pytest" "$PYTHON" -m pytest -q "$@"
+
+if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
