@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_m1.config.schema import MoEConfig
+from megatron_m1.model.cache import AttentionCache
 from megatron_m1.model.experts import GroupedExperts, SharedExpert
 from megatron_m1.model.lightning import LightningAttention
 from megatron_m1.model.norm import RMSNorm
@@ -73,13 +74,18 @@ class M1Layer(TransformerLayer):
         rotary_pos_sin: Tensor | None = None,
         rotary_pos_cos_sin: Tensor | None = None,
         attention_bias: Tensor | None = None,
-        inference_context: None = None,
+        inference_context: AttentionCache | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         sequence_len_offset: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         x = self.input_layernorm(hidden_states)
-        out, _ = self.self_attention(x, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params)
+        out, _ = self.self_attention(
+            x,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+            inference_context=inference_context,
+        )
         residual = x if self.postnorm else hidden_states
         hidden_states = _weighted_sum(residual, out, self.attention_alpha, self.attention_beta)
 

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_m1.model.cache import AttentionCache
 from megatron_m1.model.norm import TensorParallelRMSNorm
 from megatron_m1.model.transformer_config import M1TransformerConfig
 
@@ -53,7 +54,7 @@ class LightningAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         m1, group = config.m1, pg_collection.tp
-        self.head_dim = m1.head_dim
+        self.layer_number, self.head_dim = layer_number, m1.head_dim
         self.local_heads = m1.num_attention_heads // group.size()
         channels = m1.num_attention_heads * m1.head_dim
         first = group.rank() * self.local_heads
@@ -73,23 +74,27 @@ class LightningAttention(MegatronModule):
         *,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        inference_context: AttentionCache | None = None,
     ) -> tuple[Tensor, None]:
         qkv, _ = self.qkv_proj(hidden_states)
         if self.slopes.device != qkv.device:
             self.slopes = self.slopes.to(qkv.device)
 
         def core(qkv: Tensor) -> Tensor:
-            return self._attend(qkv, packed_seq_params)
+            return self._attend(qkv, packed_seq_params, inference_context)
 
         out = checkpoint(core, False, qkv) if self.recompute_core and self.training else core(qkv)
         gate, _ = self.output_gate(hidden_states)
         out, _ = self.out_proj(torch.sigmoid(gate) * self.norm(out))
         return out, None
 
-    def _attend(self, qkv: Tensor, packed: PackedSeqParams | None) -> Tensor:
+    def _attend(self, qkv: Tensor, packed: PackedSeqParams | None, cache: AttentionCache | None) -> Tensor:
         """[s, b, heads*3*D] head-major [q|k|v] -> [s, b, heads*D]."""
         seq, batch = qkv.shape[:2]
         qkv = torch.nn.functional.silu(qkv).view(seq, batch, self.local_heads, 3 * self.head_dim).transpose(0, 1)
         q, k, v = qkv.split(self.head_dim, dim=-1)
-        out = lightning_attention(q, k, v, self.slopes, cu_seqlens=None if packed is None else packed.cu_seqlens_q)
+        if cache is not None:
+            out = cache.lightning(self.layer_number, q, k, v, self.slopes)
+        else:
+            out = lightning_attention(q, k, v, self.slopes, cu_seqlens=None if packed is None else packed.cu_seqlens_q)
         return out.transpose(0, 1).reshape(seq, batch, -1)

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_m1.config.schema import MoEConfig
+from megatron_m1.model.cache import AttentionCache
 from megatron_m1.model.layer import layer_spec
 from megatron_m1.model.lightning import column_linear
 from megatron_m1.model.norm import RMSNorm
@@ -88,11 +89,13 @@ class M1Model(LanguageModule):
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         padding_mask: Tensor | None = None,
+        inference_context: AttentionCache | None = None,
     ) -> Tensor:
         """Per-token negative log-likelihood [b, s] fp32 if labels [b, s] are given, else logits [b, s, V] fp32 (gathered over the
         tensor-parallel group); on a pipeline stage before the last, the activations [s, b, h].
 
         tokens, position_ids: [b, s] int64 (b = 1 with packed_seq_params); padding_mask: [b, s] bool, True where padding.
+        inference_context: tokens [1, n] continue the sequences it holds; logits of the rows it names [1, m, V].
         """
         m1 = self.config.m1
         hidden = self.embedding(tokens, position_ids) if self.pre_process else None
@@ -104,9 +107,12 @@ class M1Model(LanguageModule):
             rotary_pos_emb=rotary_table(position_ids, m1.rotary_dim, m1.rope_theta),
             packed_seq_params=packed_seq_params,
             padding_mask=padding_mask,
+            inference_context=inference_context,
         )
         if not self.post_process:
             return hidden
+        if inference_context is not None:
+            hidden = inference_context.predicting(hidden)
         logits, _ = self.output_layer(hidden.float())
         if labels is not None:
             return self.compute_language_model_loss(labels, logits)

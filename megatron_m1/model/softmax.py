@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_m1.model.cache import AttentionCache
 from megatron_m1.model.lightning import column_linear, row_linear
 from megatron_m1.model.transformer_config import M1TransformerConfig
 
@@ -47,7 +48,7 @@ class SoftmaxAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         m1, group = config.m1, pg_collection.tp
-        self.head_dim = m1.head_dim
+        self.layer_number, self.head_dim = layer_number, m1.head_dim
         self.queries_per_group = m1.num_attention_heads // m1.num_key_value_heads
         self.local_groups = m1.num_key_value_heads // group.size()
         width = m1.num_key_value_heads * (self.queries_per_group + 2) * m1.head_dim
@@ -61,28 +62,29 @@ class SoftmaxAttention(MegatronModule):
         *,
         rotary_pos_emb: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        inference_context: AttentionCache | None = None,
     ) -> tuple[Tensor, None]:
         assert rotary_pos_emb is not None, "softmax layers need the rotary table"
         qkv, _ = self.qkv_proj(hidden_states)
 
         def core(qkv: Tensor) -> Tensor:
-            return self._attend(qkv, rotary_pos_emb, packed_seq_params)
+            return self._attend(qkv, rotary_pos_emb, packed_seq_params, inference_context)
 
         out = checkpoint(core, False, qkv) if self.recompute_core and self.training else core(qkv)
         out, _ = self.o_proj(out)
         return out, None
 
-    def _attend(self, qkv: Tensor, rotary: Tensor, packed: PackedSeqParams | None) -> Tensor:
+    def _attend(
+        self, qkv: Tensor, rotary: Tensor, packed: PackedSeqParams | None, cache: AttentionCache | None
+    ) -> Tensor:
         """[s, b, groups*(r+2)*D] -> [s, b, heads*D]."""
         seq, batch = qkv.shape[:2]
         qkv = qkv.view(seq, batch, self.local_groups, self.queries_per_group + 2, self.head_dim).transpose(0, 1)
         q = apply_rotary(qkv[:, :, :, :-2].reshape(batch, seq, -1, self.head_dim), rotary)
         k = apply_rotary(qkv[:, :, :, -2], rotary)
-        out = softmax_attention(
-            q,
-            k,
-            qkv[:, :, :, -1],
-            scale=self.head_dim**-0.5,
-            cu_seqlens=None if packed is None else packed.cu_seqlens_q,
-        )
+        v, scale = qkv[:, :, :, -1], self.head_dim**-0.5
+        if cache is not None:
+            out = cache.softmax(self.layer_number, q, k, v, scale=scale)
+        else:
+            out = softmax_attention(q, k, v, scale=scale, cu_seqlens=None if packed is None else packed.cu_seqlens_q)
         return out.transpose(0, 1).reshape(seq, batch, -1)
