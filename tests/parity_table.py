@@ -3,10 +3,13 @@
 One line per configuration and reference: ||a-b|| / ||b|| of the logits, of the worst parameter gradient, and its name.
 """
 
+import logging
+
 from megatron_m1 import platform
 
 
 def main() -> None:
+    logging.disable(logging.WARNING)
     platform.setup()
     from megatron_m1.config.schema import ParallelConfig
     from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
