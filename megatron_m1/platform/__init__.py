@@ -5,10 +5,13 @@ Every entry point calls `setup()` before anything imports megatron.
 
 import functools
 import os
+import resource
+import sys
+import warnings
 
 import torch
 
-from megatron_m1.platform.probe import Backends, doctor_report, probe
+from megatron_m1.platform.packages import Backends, doctor_report, probe
 
 __all__ = [
     "Backends",
@@ -16,7 +19,9 @@ __all__ = [
     "distributed_backend",
     "doctor_report",
     "is_cuda",
+    "peak_memory_bytes",
     "probe",
+    "select_device",
     "setup",
     "synchronize",
 ]
@@ -33,6 +38,9 @@ def setup() -> None:
     from megatron_m1.platform import cpu
 
     cpu.check_version()
+    # Import-time remarks of core about Transformer Engine, Apex and its own experiments; `doctor` tells which backends run.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     without_te = not probe().transformer_engine.present
     if without_te or not is_cuda():
         cpu.install(without_cuda=not is_cuda(), without_te=without_te)
@@ -49,6 +57,12 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_cuda() else torch.device("cpu")
 
 
+def select_device() -> None:
+    """Make `device()` the current device of this process; call it before the process group is initialised."""
+    if is_cuda():
+        torch.cuda.set_device(device())
+
+
 def distributed_backend() -> str:
     """Backend for torch.distributed.init_process_group: "nccl" or "gloo"."""
     return "nccl" if is_cuda() else "gloo"
@@ -58,3 +72,11 @@ def synchronize() -> None:
     """Return when all work queued on `device()` is done (at once on CPU)."""
     if is_cuda():
         torch.cuda.synchronize(device())
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory use so far: of torch's allocator on `device()`, or of the resident process on CPU."""
+    if is_cuda():
+        return torch.cuda.max_memory_allocated(device())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
