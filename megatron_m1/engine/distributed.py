@@ -3,7 +3,6 @@
 import os
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from megatron_m1 import platform
@@ -19,8 +18,7 @@ def init_distributed(timeout_s: int) -> None:
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=timeout_s)
-    if platform.is_cuda():
-        torch.cuda.set_device(platform.device())
+    platform.select_device()
     if "RANK" in os.environ:
         dist.init_process_group(platform.distributed_backend(), timeout=timeout)
     else:
