@@ -1,8 +1,8 @@
-"""Convert between Hugging Face directories and native checkpoints.
+"""Convert between Hugging Face directories and native checkpoints:
 
-    python tools/convert_checkpoint.py import --hf DIR --checkpoint DIR --format minimax_m1|minimax
-    python tools/convert_checkpoint.py export --checkpoint DIR --hf DIR --format minimax_m1|minimax [--tokenizer DIR]
-    python tools/convert_checkpoint.py verify --checkpoint DIR --hf DIR --format minimax_m1|minimax
+python tools/convert_checkpoint.py import --hf DIR --checkpoint DIR --format minimax_m1|minimax
+python tools/convert_checkpoint.py export --checkpoint DIR --hf DIR --format minimax_m1|minimax [--tokenizer DIR]
+python tools/convert_checkpoint.py verify --checkpoint DIR --hf DIR --format minimax_m1|minimax
 """
 
 import argparse
@@ -73,7 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ):
         sub = actions.add_parser(action, help=text, description=text)
         sub.add_argument("--hf", type=Path, required=True, help="Hugging Face directory")
-        sub.add_argument("--checkpoint", type=Path, required=True, help="save folder (with `latest`) or one step folder")
+        sub.add_argument(
+            "--checkpoint", type=Path, required=True, help="save folder (with `latest`) or one step folder"
+        )
         sub.add_argument(
             "--format", choices=("minimax_m1", "minimax"), default="minimax_m1",
             help="minimax_m1: released layout, what vLLM loads; minimax: transformers' own MiniMaxForCausalLM",

@@ -8,8 +8,11 @@ import io
 import json
 import math
 import os
+import zipfile
+from collections.abc import Buffer
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -100,10 +103,45 @@ class NativeReader:
         if not file.is_file():
             raise ConfigError(f"{file}, which holds {name}, is missing; restore it or use another checkpoint.")
         try:
+            check_sums(file, place.offset, place.length)
             self._reader.read_data(LoadPlan([item]), IntoTensor(target)).wait()
         except Exception as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise ConfigError(f"{name} cannot be read from {file} ({reason}); the file is damaged.") from None
+
+
+def check_sums(file: Path, offset: int, length: int) -> None:
+    """Raises if the zip archive that torch.save wrote at `offset` does not match its CRC-32 sums; torch.load ignores them."""
+    with open(file, "rb") as stream, zipfile.ZipFile(Window(stream, offset, length)) as archive:
+        wrong = archive.testzip()
+    if wrong is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {wrong}")
+
+
+class Window(io.RawIOBase):
+    """Bytes [offset, offset + length) of a file as a file of its own."""
+
+    def __init__(self, stream: BinaryIO, offset: int, length: int):
+        super().__init__()
+        self.stream, self.offset, self.length = stream, offset, length
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = os.SEEK_SET, /) -> int:
+        self.position = position + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        return self.position
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        target = memoryview(buffer)[: max(self.length - self.position, 0)]
+        self.stream.seek(self.offset + self.position)
+        count = self.stream.readinto(target)
+        self.position += count
+        return count
 
 
 class IntoTensor(DefaultLoadPlanner):

@@ -102,7 +102,9 @@ def plan_import(hf: Path, checkpoint: Path, format: HfFormat) -> Plan:
     return Plan(
         tensors=len(reader.tensors),
         read_bytes=sum(map(size, reader.tensors.values())),
-        write_bytes=sum(native.shape[0] * row_bytes(native, native_dtype(native, reader)) for native in native_layout(model)),
+        write_bytes=sum(
+            native.shape[0] * row_bytes(native, native_dtype(native, reader)) for native in native_layout(model)
+        ),
         files=model.num_hidden_layers + 7,
         peak_bytes=peak,
         free_bytes=free_bytes(checkpoint),
@@ -133,7 +135,9 @@ def import_hf(
     try:
         write_native(partial, model, reader, log)
         write_source_dtypes(partial, model, reader)
-        (partial / "config.yaml").write_text(yaml.safe_dump({"model": asdict(model)}, sort_keys=False), encoding="utf-8")
+        (partial / "config.yaml").write_text(
+            yaml.safe_dump({"model": asdict(model)}, sort_keys=False), encoding="utf-8"
+        )
         put_in_place(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -148,13 +152,6 @@ def open_hf(hf: Path, format: HfFormat) -> tuple[ModelConfig, HfReader]:
     reader = HfReader(hf)
     expected = {piece.name: piece.shape for native in native_layout(model) for piece in native.pieces}
     found = {name: stored for name, stored in reader.tensors.items() if not is_buffer(name)}
-    for name, shape in expected.items():
-        if name not in found:
-            raise ConfigError(f"{name} is missing from {hf}: no file holds it, but config.json asks for it.")
-        if found[name].shape != shape:
-            raise ConfigError(
-                f"{name} in {hf / found[name].file} has shape {found[name].shape}; config.json implies {shape}."
-            )
     unexpected = [name for name in found if name not in expected]
     if unexpected:
         raise ConfigError(
@@ -162,6 +159,13 @@ def open_hf(hf: Path, format: HfFormat) -> tuple[ModelConfig, HfReader]:
             f"num_hidden_layers={model.num_hidden_layers}, num_local_experts={model.num_local_experts}, "
             f"shared_intermediate_size={model.shared_intermediate_size}; correct config.json."
         )
+    for name, shape in expected.items():
+        if name not in found:
+            raise ConfigError(f"{name} is missing from {hf}: no file holds it, but config.json asks for it.")
+        if found[name].shape != shape:
+            raise ConfigError(
+                f"{name} in {hf / found[name].file} has shape {found[name].shape}; config.json implies {shape}."
+            )
     return model, reader
 
 
@@ -179,7 +183,9 @@ def slope_differences(model: ModelConfig, reader: HfReader) -> list[str]:
             ours = slopes(model.num_attention_heads, layer, model.num_hidden_layers)
             tolerance = 1e-2 if reader.tensors[name].dtype != torch.float32 else 1e-4
             if stored.shape != ours.shape or not torch.allclose(stored, ours, rtol=tolerance, atol=0):
-                found.append(f"{name}: these weights were trained with other decays than MiniMax-M1's, which will be used.")
+                found.append(
+                    f"{name}: these weights were trained with other decays than MiniMax-M1's, which will be used."
+                )
     return found
 
 
@@ -295,7 +301,9 @@ def export_hf(
     export = prepare_export(checkpoint, format, dtype)
     loaded = str(export.config.get("dtype", export.config.get("torch_dtype")))
     if format == "minimax":
-        report([f"transformers differs: {text}" for text in semantic_differences(export.model, dtype=loaded)], strict, log)
+        report(
+            [f"transformers differs: {text}" for text in semantic_differences(export.model, dtype=loaded)], strict, log
+        )
     for text in semantic_notes(export.model, format):
         log(f"note: {text}")
     existing = weight_files(hf) if hf.is_dir() else []
@@ -349,14 +357,21 @@ def prepare_export(checkpoint: Path, format: HfFormat, dtype: str | None) -> Exp
         tensors |= {name: (shape, torch.float32) for name, shape in hf_buffers(model).items()}
     main = str(dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
     return Export(
-        step, model, reader, layout, tensors, to_hf_config(model, format, dtype=main, eos_token_id=config.data.eod_token_id)
+        step,
+        model,
+        reader,
+        layout,
+        tensors,
+        to_hf_config(model, format, dtype=main, eos_token_id=config.data.eod_token_id),
     )
 
 
 def check_native(step: Path, layout: list[NativeTensor], reader: NativeReader) -> None:
     for native in layout:
         if native.name not in reader.shapes:
-            raise ConfigError(f"{native.name} is missing from {step}, though its config.yaml asks for it; wrong checkpoint?")
+            raise ConfigError(
+                f"{native.name} is missing from {step}, though its config.yaml asks for it; wrong checkpoint?"
+            )
         if reader.shapes[native.name] != native.shape:
             raise ConfigError(
                 f"{native.name} in {step} has shape {reader.shapes[native.name]}; its config.yaml implies {native.shape}."
@@ -371,7 +386,7 @@ def export_dtypes(
     model: ModelConfig, natives: dict[str, torch.dtype], dtype: torch.dtype | None, record: dict[str, torch.dtype]
 ) -> dict[str, torch.dtype]:
     """Hugging Face name -> dtype to write. natives: dtypes of the native tensors; record: exceptions of an import."""
-    chosen = {}
+    chosen: dict[str, torch.dtype] = {}
     for native in native_layout(model):
         if native.name.endswith("router.weight"):
             default = torch.float32
@@ -408,7 +423,9 @@ def decay_buffer(name: str, model: ModelConfig) -> Tensor:
 def find_tokenizer(folder: Path) -> list[Path]:
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in files):
-        raise ConfigError(f"--tokenizer={folder} holds neither tokenizer.json nor tokenizer.model; name a tokenizer directory.")
+        raise ConfigError(
+            f"--tokenizer={folder} holds neither tokenizer.json nor tokenizer.model; name a tokenizer directory."
+        )
     return files
 
 
@@ -488,7 +505,9 @@ def report(differences: list[str], strict: bool, log: Log) -> None:
     for text in differences:
         log(f"warning: {text}")
     if differences and strict:
-        raise ConfigError(f"--strict: {len(differences)} warning{'s' * (len(differences) > 1)} above; nothing was written.")
+        raise ConfigError(
+            f"--strict: {len(differences)} warning{'s' * (len(differences) > 1)} above; nothing was written."
+        )
 
 
 def row_bytes(native: NativeTensor, dtype: torch.dtype) -> int:

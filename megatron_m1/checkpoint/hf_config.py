@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_m1.checkpoint.names import HfFormat
 from megatron_m1.config.errors import ConfigError
@@ -104,7 +105,9 @@ def read_hf_config(folder: str | Path, format: HfFormat) -> ModelConfig:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; --hf must name a Hugging Face model directory.") from None
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}; --hf must name a Hugging Face model directory."
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); fetch it again.") from None
     if not isinstance(config, dict):
@@ -167,9 +170,11 @@ class Reader:
             raise self.fail(f"model_type={found!r} is not {format!r}; {other}.")
         wrong = [key for key in FACTORS if key in self.config] if format == "minimax" else []
         if wrong:
-            raise self.fail(f"{wrong[0]} is a key of minimax_m1, which `minimax` ignores; rename it to {FACTORS[wrong[0]]}.")
+            raise self.fail(
+                f"{wrong[0]} is a key of minimax_m1, which `minimax` ignores; rename it to {FACTORS[wrong[0]]}."
+            )
 
-    def number(self, key: str, kind: type, *, default: object = None) -> object:
+    def number(self, key: str, kind: type, *, default: object = None) -> Any:
         value = self.config.get(key, default)
         if value is None:
             state = "null" if key in self.config else "missing"
@@ -203,16 +208,18 @@ class Reader:
         kind = parameters.get("rope_type", "default")
         if kind != "default":
             raise self.fail(f"rope_parameters.rope_type={kind!r} must be 'default'; the model has no other.")
-        found = {value for value in (parameters.get("rope_theta"), self.config.get("rope_theta")) if value is not None}
-        if len(found) != 1:
-            state = f"contradicting values {sorted(found)}" if found else "no value"
+        given = [value for value in (parameters.get("rope_theta"), self.config.get("rope_theta")) if value is not None]
+        if len(set(given)) != 1:
+            state = f"contradicting values {given}" if given else "no value"
             raise self.fail(f"rope_theta has {state} (rope_parameters.rope_theta and rope_theta); give one.")
-        return float(found.pop())
+        return Reader({"rope_theta": given[0]}, self.where).number("rope_theta", float)
 
     def refuse_unknown(self, format: HfFormat) -> None:
         for key, allowed in FIXED.items():
             if key in self.config and self.config[key] not in allowed:
-                raise self.fail(f"{key}={self.config[key]!r} must be {allowed[0]!r}; the model implements nothing else.")
+                raise self.fail(
+                    f"{key}={self.config[key]!r} must be {allowed[0]!r}; the model implements nothing else."
+                )
         layout = ("attn_type_list", "rope_theta", *FACTORS)
         if format == "minimax":
             layout = ("layer_types", "rope_theta", "rope_parameters", *FACTORS.values())
@@ -263,7 +270,9 @@ def semantic_differences(model: ModelConfig, *, dtype: str = "bfloat16") -> list
             "Load with dtype=torch.float32 for the numbers of the model."
         )
     if not model.postnorm:
-        found.append("postnorm=false: transformers always takes the normed input as residual; its output is another function.")
+        found.append(
+            "postnorm=false: transformers always takes the normed input as residual; its output is another function."
+        )
     if model.shared_intermediate_size:
         found.append(
             f"shared expert: transformers has none; the shared_mlp and coefficient tensors of width "
@@ -279,9 +288,11 @@ def semantic_notes(model: ModelConfig, format: HfFormat) -> list[str]:
     if 0 not in model.layer_types():
         return []
     if format == "minimax_m1":
-        return ["lightning norm: vLLM takes rms_norm_eps where the released code has 1e-6."] if model.rms_norm_eps != 1e-6 else []
+        same = model.rms_norm_eps == model.lightning_norm_eps
+        return [] if same else ["lightning norm: vLLM takes rms_norm_eps here; the released code has 1e-6."]
     heads = model.num_attention_heads
-    size = "by up to 1e-5 (relative)" if heads & (heads - 1) == 0 else f"widely, because {heads} heads are no power of two"
+    power_of_two = heads & (heads - 1) == 0
+    size = "by up to 1e-5 (relative)" if power_of_two else f"widely, because {heads} heads are no power of two"
     return [
         "slopes: the export carries the model's decays (slope_rate, query_decay, key_decay, diagonal_decay), which "
         f"from_pretrained loads; decays that transformers recomputes from the config differ {size}."

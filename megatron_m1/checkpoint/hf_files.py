@@ -42,7 +42,9 @@ class HfReader:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise ConfigError(f"--hf={self.folder} is no directory; name one that holds config.json and safetensors files.")
+            raise ConfigError(
+                f"--hf={self.folder} is no directory; name one that holds config.json and safetensors files."
+            )
         self.weight_map = read_weight_map(self.folder)
         self.tensors: dict[str, Stored] = {}
         self._open_files: OrderedDict[str, safe_open] = OrderedDict()
@@ -54,7 +56,9 @@ class HfReader:
         try:
             return self._opened(file, name).get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{name} cannot be read from {self.folder / file}: {error}; fetch the file again.") from None
+            raise ConfigError(
+                f"{name} cannot be read from {self.folder / file}: {error}; fetch the file again."
+            ) from None
 
     def _read_headers(self) -> None:
         for name, file in sorted(self.weight_map.items(), key=lambda item: item[1]):
@@ -140,9 +144,7 @@ def plan_shards(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], max_sha
     ]
 
 
-def lay_out(
-    file: str, sizes: dict[str, int], tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
-) -> Shard:
+def lay_out(file: str, sizes: dict[str, int], tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Shard:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins, end = {}, 0
     for name, size in sizes.items():
@@ -176,7 +178,9 @@ class HfWriter:
                     stream.write(shard.header)
         except OSError as error:
             self._remove_temporaries()
-            raise ConfigError(f"{self.folder} cannot take {total_bytes(self.shards):,} bytes: {error.strerror}.") from None
+            raise ConfigError(
+                f"{self.folder} cannot take {total_bytes(self.shards):,} bytes: {error.strerror}."
+            ) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -228,7 +228,13 @@ def split(native: NativeTensor, data: Tensor, model: ModelConfig, *, start: int 
 
 
 def join(
-    native: NativeTensor, read: Callable[[Piece], Tensor], model: ModelConfig, *, start: int, stop: int, dtype: torch.dtype
+    native: NativeTensor,
+    read: Callable[[Piece], Tensor],
+    model: ModelConfig,
+    *,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Rows [start, stop) of the native tensor in `dtype`, put together from `read(piece)`, which gives piece.shape."""
     data = torch.empty((stop - start, *native.shape[1:]), dtype=dtype)

@@ -15,7 +15,9 @@ def test_hugging_face_tensors():
     shapes = hf_tensors(ModelConfig(), "minimax_m1")
     assert len(shapes) == 8243
     assert sum(math.prod(shape) for shape in shapes.values()) == PARAMETERS
-    kinds = Counter(name.split(".", 3)[3] for name in shapes if name.startswith("model.layers.") and "experts" not in name)
+    kinds = Counter(
+        name.split(".", 3)[3] for name in shapes if name.startswith("model.layers.") and "experts" not in name
+    )
     assert kinds == {
         "input_layernorm.weight": 80,
         "post_attention_layernorm.weight": 80,

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from megatron_m1.checkpoint.names import hf_tensors, join, native_layout, native_tensors, split
+from megatron_m1.checkpoint.names import Piece, hf_tensors, join, native_layout, native_tensors, split
 from tests.model_cases import CASES, ORACLE_ONLY_CASES, random_weights, weight_shapes
 
 MODELS = CASES | ORACLE_ONLY_CASES
@@ -30,10 +31,14 @@ def test_join_undoes_split_for_the_whole_and_for_single_experts(model):
     for native in native_layout(model):
         data = torch.randn(native.shape)
         parts = {piece.name: part.clone() for piece, part in split(native, data, model)}
-        joined = join(native, lambda p: parts[p.name], model, start=0, stop=len(data), dtype=data.dtype)
+
+        def read(piece: Piece, parts: dict[str, Tensor] = parts) -> Tensor:
+            return parts[piece.name]
+
+        joined = join(native, read, model, start=0, stop=len(data), dtype=data.dtype)
         assert torch.equal(joined, data)
         if native.per_expert:
-            one = join(native, lambda p: parts[p.name], model, start=2, stop=3, dtype=data.dtype)
+            one = join(native, read, model, start=2, stop=3, dtype=data.dtype)
             assert torch.equal(one, data[2:3])
             assert [p.expert for p, _ in split(native, data[2:3], model, start=2)] == [2] * (len(parts) // len(data))
 
