@@ -3,6 +3,7 @@
 commands:
   pretrain --config FILE [--key value ...]   train; with --dry-run [--world-size N] only say what would be done
   generate --checkpoint DIR --prompts FILE.jsonl --output FILE.jsonl [options]
+  equality [--ranks N]                       table of every parallel layout against one rank
   doctor                                     what is installed, which backends are used, and why
 Each command prints its own options with --help.
 """
@@ -17,21 +18,22 @@ __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0, 2 for bad input (ConfigError, told once per job), 3 for a loss or gradient that is not finite."""
+    """Exit code: 0; 1 if the equality table is out of bounds; 2 for bad input (a ConfigError, told once per job); 3 for
+    a loss or gradient that is not finite.
+    """
     argv = sys.argv[1:] if argv is None else argv
     command, options = (argv[0], argv[1:]) if argv else ("--help", [])
     try:
-        _dispatch(command, options)
+        return _dispatch(command, options)
     except ConfigError as error:
         _tell_once(f"error: {error}")
         return 2
     except FloatingPointError as error:
         _tell_once(f"error: {error}")
         return 3
-    return 0
 
 
-def _dispatch(command: str, options: list[str]) -> None:
+def _dispatch(command: str, options: list[str]) -> int:
     """Imports only what the command needs: `doctor` and dry runs must work where training cannot."""
     if command in ("-h", "--help"):
         print(__doc__)
@@ -51,8 +53,13 @@ def _dispatch(command: str, options: list[str]) -> None:
         from megatron_m1.generation import main as generate
 
         generate(options)
+    elif command == "equality":
+        from megatron_m1.engine.equality_table import main as equality
+
+        return equality(options)
     else:
-        raise ConfigError(f"{command} is not a command; use pretrain, generate or doctor.")
+        raise ConfigError(f"{command} is not a command; use pretrain, generate, equality or doctor.")
+    return 0
 
 
 def _tell_once(message: str) -> None:

@@ -1,0 +1,176 @@
+"""The presets and the scripts under examples/, tools/ and tests/."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_m1.config import from_yaml, load_config, validate
+from megatron_m1.engine.schedule import consumed_samples, learning_rate
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+SCRIPTS = sorted(
+    [*ROOT.glob("examples/*.sh"), *ROOT.glob("examples/slurm/*"), *ROOT.glob("tools/*.sh"), ROOT / "tests/run.sh"]
+)
+
+
+def run(command, **environment):
+    environment = {"PYTHON": sys.executable, **environment}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    return subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_is_silent(script):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = run([str(shellcheck), "-x", str(script)])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("nodes", [32, 64])
+@pytest.mark.parametrize("stage", ["pretrain", "continual"])
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_456b_dry_run_on_256_and_512_gpus(launcher, stage, nodes, tmp_path):
+    script = "examples/pretrain_456b.sh" if launcher == "torchrun" else f"examples/slurm/{stage}_456b.sbatch"
+    sizes = {"NNODES": str(nodes)} if launcher == "torchrun" else {"NODES": str(nodes)}
+    done = run(["bash", script], DRY_RUN="1", STAGE=stage, RUN=str(tmp_path / "run"), **sizes)
+    assert done.returncode == 0, done.stderr
+    command, report = done.stdout.split("\n", 1)
+    assert "-m megatron_m1 pretrain --config examples/configs/m1_456b.yaml" in command
+    assert (f"--nnodes {nodes} " in command) if launcher == "torchrun" else (f"srun --nodes {nodes} " in command)
+    assert ("--checkpoint.weights_only true" in command) == (stage == "continual")
+    assert "456,089,655,296" in report and f"layout of {nodes * 8} ranks" in report
+    assert f"data           size {nodes // 8:4d} " in report and "expert_tensor  size    1" in report
+    assert report.endswith("dry run: the configuration is valid\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_a_world_that_does_not_divide():
+    done = run(["bash", "examples/pretrain_456b.sh"], DRY_RUN="1", NNODES="3")
+    assert done.returncode == 2
+    assert "world_size=24 must be a multiple of parallel.tensor*pipeline*context=8*8*1=64; start 64" in done.stderr
+    assert run(["bash", "examples/pretrain_456b.sh"], STAGE="sft", DRY_RUN="1").returncode == 2
+
+
+def test_a_started_run_is_resumed_and_not_started_again(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000250")
+    for script in ("examples/pretrain_456b.sh", "examples/slurm/continual_456b.sbatch"):
+        done = run(["bash", script], DRY_RUN="1", RUN=str(tmp_path), LOAD="weights")
+        assert done.returncode == 0, done.stderr
+        assert f"--checkpoint.load {tmp_path}/checkpoints" in done.stdout
+        assert "weights_only true" not in done.stdout
+
+
+def test_acceptance_dry_run_validates_every_layout():
+    done = run(["bash", "examples/acceptance_8gpu.sh"], DRY_RUN="1", NNODES="8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dry run: the configuration is valid") == 10
+    assert done.stdout.count("layout of 64 ranks") == 10
+
+
+def test_slurm_job_saves_and_queues_itself_again(tmp_path):
+    """With stand-ins for srun and scontrol: USR1 reaches the rank as SIGTERM, and the job is queued once it has saved."""
+    log = tmp_path / "log"
+    stand_ins = {
+        # srun runs one task and, as the real one does, forwards SIGTERM to it.
+        "srun": f'echo "srun $*" >> {log}\nwhile [[ "$1" != bash ]]; do shift; done\n'
+        'export SLURM_PROCID=7 SLURM_LOCALID=3\n"$@" & task=$!\ntrap \'kill -TERM "$task"\' TERM\n'
+        'wait "$task"; wait "$task"\n',
+        "scontrol": f'echo "scontrol $*" >> {log}\n[[ "$1" == show ]] && echo node0 || true\n',
+        "python": f'echo "rank $RANK local $LOCAL_RANK of $WORLD_SIZE at $MASTER_ADDR: $*" >> {log}\n'
+        f"trap 'echo saved >> {log}; exit 0' TERM\nwhile true; do sleep 0.1; done\n",
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": str(tmp_path / "python"),
+        "RUN": str(tmp_path / "run"),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "42",
+        "SLURM_JOB_NUM_NODES": "32",
+        "SLURM_JOB_NODELIST": "node[0-31]",
+    }
+    job = subprocess.Popen(["bash", str(ROOT / "examples/slurm/pretrain_456b.sbatch")], env=environment)
+    try:
+        wait_for(log, "rank 7")
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=30) == 0
+    finally:
+        job.kill()
+    text = log.read_text()
+    assert "rank 7 local 3 of 256 at node0: -m megatron_m1 pretrain --config examples/configs/m1_456b.yaml" in text
+    assert text.index("saved") < text.index("scontrol requeue 42")
+
+
+def wait_for(log, word):
+    deadline = time.monotonic() + 30
+    while not (log.exists() and word in log.read_text()):
+        assert time.monotonic() < deadline, f"{word} never appeared in {log}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name, world_size", [("tiny_cpu", 1), ("tiny_cpu", 4), ("single_gpu", 1), ("acceptance", 8)])
+def test_presets_are_valid(name, world_size):
+    validate(from_yaml(CONFIGS / f"{name}.yaml"), world_size)
+
+
+def test_tiny_cpu_is_what_scripts_rely_on():
+    config = from_yaml(CONFIGS / "tiny_cpu.yaml")
+    parallel, model = config.parallel, config.model
+    assert config.training.precision == "fp32" and config.training.global_batch % 4 == 0
+    assert config.schedule.warmup_steps <= 1
+    assert [parallel.tensor, parallel.pipeline, parallel.virtual_pipeline] == [1, 1, 1]
+    assert [parallel.context, parallel.expert, parallel.expert_tensor] == [1, 1, 1]
+    assert model.layer_types() == [0, 0, 0, 0, 0, 0, 0, 1]
+    assert (model.num_experts_per_tok, model.num_local_experts) == (2, 8)
+    alphas = {model.layernorm_linear_attention_alpha, model.layernorm_full_attention_alpha, model.layernorm_mlp_alpha}
+    assert alphas == {(2 * 80) ** 0.25}
+    for layout in ("tensor=2", "pipeline=2 virtual_pipeline=2", "expert=2", "tensor=2 expert_tensor=2"):
+        options = [f"--parallel.{size}" for size in layout.split()]
+        validate(load_config(["--config", str(CONFIGS / "tiny_cpu.yaml"), *options]), 4)
+
+
+def test_456b_stages_follow_the_reports_tokens():
+    length = 32768
+    pretrain, continual = (
+        load_config(["--config", str(CONFIGS / "m1_456b.yaml"), "--config", str(CONFIGS / f"m1_456b_{stage}.yaml")])
+        for stage in ("pretrain", "continual")
+    )
+    starts = [stage.from_step for stage in pretrain.training.batch_ramp]
+    tokens = [consumed_samples(step, pretrain.training) * length for step in starts]
+    assert tokens == pytest.approx([69e9, 790e9, 4.7e12], rel=1e-3)
+
+    schedule, steps = continual.schedule, continual.training.steps
+    assert consumed_samples(steps, continual.training) * length == pytest.approx(7.5e12, rel=1e-3)
+    plateau = schedule.warmup_steps + schedule.constant_steps
+    assert consumed_samples(plateau, continual.training) * length == pytest.approx(2.5e12, rel=1e-3)
+    rates = [learning_rate(s, schedule, continual.optimizer, steps) for s in (plateau, steps - 1)]
+    assert rates == pytest.approx([8e-5, 8e-6], rel=1e-4)
+
+
+def test_a_python_that_does_not_run_is_passed_over(tmp_path):
+    """A pyenv shim for a version that is not selected exists, is found first, and fails."""
+    for folder, name, body in (
+        ("shims", "python3.12", "echo 'pyenv: python3.12: command not found' >&2; exit 127"),
+        ("shims", "python3", "exit 1"),
+        ("pyenv/versions/3.12.9/bin", "python", f'exec {sys.executable} "$@"'),
+    ):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / folder / name).chmod(0o755)
+    bash = shutil.which("bash")
+    command = [bash, "-c", "source tools/setup_env.sh; find_python"]
+    path = f"{tmp_path / 'shims'}:/usr/bin:/bin"
+    done = run(command, M1_PYTHON=sys.executable, PYENV_ROOT=str(tmp_path / "pyenv"), PATH=path)
+    assert done.stdout.strip() == str(tmp_path / "pyenv/versions/3.12.9/bin/python"), done.stderr
+    done = run(command, M1_PYTHON=sys.executable, PYENV_ROOT=str(tmp_path / "none"), PATH=str(tmp_path / "shims"))
+    assert done.returncode == 1 and "no Python >= 3.12" in done.stderr
