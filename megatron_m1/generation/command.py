@@ -1,0 +1,193 @@
+"""The `generate` command."""
+
+import argparse
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_m1 import platform
+from megatron_m1.config import Config, ConfigError, from_yaml, load_config, validate_layout
+from megatron_m1.config.schema import MoEConfig, TrainingConfig
+from megatron_m1.data.tokenizer import Tokenizer
+from megatron_m1.generation.prompts import PromptLimits, check_output, read_prompts, write_lines
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> None:
+    """Complete the prompts of a file with the model of a checkpoint; see --help. Runs alone or under torchrun.
+
+    Raises ConfigError for bad input, on every rank and before the model is built wherever that is possible, and
+    FloatingPointError if the model yields logits that are not finite. The output file changes only once all is done.
+    """
+    options, overrides = _parse(argv)
+    platform.setup()
+    from megatron_m1.checkpoint.weights import load_weights, step_folder, stored_precision
+    from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
+    from megatron_m1.generation.engine import Sampling, generate
+    from megatron_m1.model.build import build_model
+    from megatron_m1.parallel import destroy_groups, init_groups
+
+    step = step_folder(options.checkpoint)
+    trained = _trained_config(step)
+    config = _generation_config(trained, stored_precision(step), overrides)
+    tokenizer = _tokenizer(options.tokenizer, trained)
+    limits = PromptLimits(config.model.vocab_size, config.model.max_position_embeddings - options.max_new_tokens)
+    prompts = read_prompts(options.prompts, tokenizer, limits)
+    check_output(options.output)
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        end_token=_end_token(options.end_token, trained, tokenizer),
+    )
+
+    init_distributed(config.parallel.timeout_s)
+    groups = init_groups(config.parallel, seed=options.seed)
+    models = build_model(config, groups)
+    load_weights(step, models)
+    start = time.perf_counter()
+    completions = generate(models[0], groups, prompts, sampling, batch_size=options.batch_size)
+    duration_s = time.perf_counter() - start
+    if _is_first_rank():
+        records: list[dict[str, Any]] = [
+            {
+                "index": index,
+                "token_ids": completion.tokens,
+                "text": None if tokenizer is None else tokenizer.decode(completion.tokens),
+                "logprobs": completion.logprobs,
+                "finish_reason": completion.finish_reason,
+                "prompt_tokens": len(prompt),
+            }
+            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        write_lines(options.output, records)
+        tokens = sum(len(completion.tokens) for completion in completions)
+        print(
+            f"{len(records)} completions, {tokens} tokens in {duration_s:.1f} s ({tokens / duration_s:.0f} tokens/s) "
+            f"-> {options.output}",
+            file=sys.stderr,
+        )
+    destroy_groups()
+    shutdown_distributed()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"generate: {message}; --help lists the options.")
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own options, and the `--parallel.*` ones."""
+    parser = _Parser(
+        prog="python -m megatron_m1 generate",
+        description="Complete prompts with the model of a checkpoint. Output lines, in the order of the prompts: token_ids "
+        "(generated), text (null without a tokenizer), logprobs (of the generated tokens, natural log, float32, at "
+        "temperature 1 and top-p 1), finish_reason (stop or length), index, prompt_tokens.",
+        epilog="--parallel.{tensor,pipeline,expert,expert_tensor} N lay the model out; the other ranks share the prompts. "
+        "What is drawn for a prompt depends on --seed and its index, not on what runs beside it.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder with `latest`, or one step folder of it")
+    add("--prompts", type=Path, required=True, metavar="FILE", help="JSON lines with `text` or `token_ids`")
+    add("--output", type=Path, required=True, metavar="FILE", help="JSON lines; replaced only when all is done")
+    add("--max-new-tokens", type=_count, default=128, metavar="N", help="tokens per completion at most (128)")
+    add("--temperature", type=_temperature, default=1.0, metavar="T", help="0: always the likeliest token (1.0)")
+    add("--top-p", type=_top_p, default=1.0, metavar="P", help="share of the probability to draw from (1.0)")
+    add("--seed", type=int, default=0, metavar="S", help="of the draws (0)")
+    add("--batch-size", type=_count, default=16, metavar="B", help="sequences at a time on one data-parallel rank (16)")
+    add("--tokenizer", type=Path, metavar="DIR", help="default: data.tokenizer of the checkpoint's config.yaml")
+    add(
+        "--end-token", type=int, metavar="ID",
+        help="token that ends a completion, -1 for none (data.eod_token_id of the checkpoint, else the tokenizer's)",
+    )  # fmt: skip
+    options, overrides = parser.parse_known_args(argv)
+    for option in overrides:
+        if option.startswith("-") and not option.startswith("--parallel."):
+            parser.error(f"{option} is not an option")
+    return options, overrides
+
+
+def _trained_config(step: Path) -> Config:
+    path = step / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing, so the model is unknown; use a folder that training or an import has written.")
+    return from_yaml(path)
+
+
+def _generation_config(trained: Config, precision: str, overrides: list[str]) -> Config:
+    """The trained model in the layout of the `--parallel.*` options, in the precision its weights are stored in."""
+    config = load_config(overrides, base=Config(model=trained.model))
+    parallel = config.parallel
+    if parallel.sequence:
+        raise ConfigError("parallel.sequence=true has no use in generation, whose passes are short; leave it out.")
+    if parallel.virtual_pipeline != 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} has no use in generation; leave it out "
+            "(any checkpoint loads into any layout)."
+        )
+    parallel.sequence = False
+    # Token drop would make a completion depend on its neighbours, and uneven ranks need the all-to-all dispatcher.
+    config.moe = MoEConfig(aux_loss="none", capacity_factor=None, dispatcher="alltoall")
+    config.training = TrainingConfig(
+        precision="fp32" if precision == "fp32" else "bf16", seq_length=parallel.tensor, recompute="none"
+    )
+    validate_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+    return config
+
+
+def _tokenizer(folder: Path | None, trained: Config) -> Tokenizer | None:
+    """The tokenizer asked for, else the checkpoint's if it is there, else None."""
+    if folder is not None:
+        return Tokenizer(folder, model_vocab_size=trained.model.vocab_size)
+    named = trained.data.tokenizer
+    if named is None:
+        return None
+    if not Path(named).is_dir():
+        if _is_first_rank():
+            print(
+                f"data.tokenizer={named} of the checkpoint is not there: no text goes in or out; pass --tokenizer DIR",
+                file=sys.stderr,
+            )
+        return None
+    return Tokenizer(named, model_vocab_size=trained.model.vocab_size)
+
+
+def _end_token(asked: int | None, trained: Config, tokenizer: Tokenizer | None) -> int | None:
+    if asked is not None:
+        if asked >= trained.model.vocab_size:
+            raise ConfigError(f"--end-token={asked} must be below model.vocab_size={trained.model.vocab_size}, or -1 for none.")
+        return None if asked < 0 else asked
+    if trained.data.eod_token_id is not None:
+        return trained.data.eod_token_id
+    return None if tokenizer is None else tokenizer.eod_id
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{value} must be 0 or more")
+    return value
+
+
+def _top_p(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} must lie above 0 and at most at 1")
+    return value
