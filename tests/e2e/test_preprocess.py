@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 WORDS = "def return self value list index error import from class naïve 中文 \n    \t".split(" ")
 
 
-def run(*arguments: object, tool: str = "preprocess_data.py", timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, tool: str = "preprocess_data.py", timeout: float = 240) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
@@ -265,7 +265,7 @@ def start_long(folder: Path, long_input: Path, prefix: Path) -> tuple[subprocess
         2,
     ]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(list(prefix.parent.glob(prefix.name + ".shards-*/*.bin"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -277,7 +277,7 @@ def test_a_killed_worker_ends_the_run(folder: Path, long_input: Path, tmp_path: 
     process, workers = start_long(folder, long_input, tmp_path / "out")
     assert len(workers) == 2
     os.kill(workers[0].pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=90)
     assert process.returncode == 1
     message = f"error: worker process {workers[0].pid} was killed by SIGKILL (out of memory? use fewer --workers) while"
     assert message in errors and errors.count("error: ") == 1 and "Traceback" not in errors
@@ -290,7 +290,7 @@ def test_a_stopped_run_leaves_nothing(
 ) -> None:
     process, workers = start_long(folder, long_input, tmp_path / "out")
     process.send_signal(sent)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=90)
     assert process.returncode == code and errors.count("error: ") == 1 and "Traceback" not in errors
     assert left_over(tmp_path / "out") == [] and not any(worker.is_running() for worker in workers)
 
@@ -298,7 +298,7 @@ def test_a_stopped_run_leaves_nothing(
 def test_workers_end_when_the_parent_is_killed(folder: Path, long_input: Path, tmp_path: Path) -> None:
     process, workers = start_long(folder, long_input, tmp_path / "out")
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=90)
     psutil.wait_procs(workers, timeout=60)
     assert not any(worker.is_running() for worker in workers)
     assert not any((tmp_path / f"out.{ending}").exists() for ending in ("bin", "idx"))
