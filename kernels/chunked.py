@@ -10,16 +10,15 @@ in cache and memory beyond inputs and outputs is that of a few heads.
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
-
 from m1_kernels.grid import ChunkGrid, build_grid
+from torch.autograd.function import once_differentiable
 
 __all__ = ["lightning_attention_chunked"]
 
 CHUNK = 64
-# Elements of one [N, heads, C, C] intermediate. CPU: 4 MiB in float32, so that a few of them fit in the last-level
-# cache; CUDA: enough work for a launch.
-GROUP_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Elements of one [N, heads, C, C] intermediate. CPU: 1 MiB in float32: a few of them fit in the last-level cache and
+# the allocator reuses them without page faults; CUDA: enough work for a launch.
+GROUP_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def lightning_attention_chunked(
@@ -120,14 +119,13 @@ def _forward_heads(q, k, v, decays, grid, initial, o, final_state) -> None:
     scores = _bmm(q, k.mT).mul_(decays.mask)
     out = _bmm(scores, v)
     entered, left = _inter_chunk_ranges(grid, initial is not None, final_state is not None)
-    if left or entered < grid.size:
-        increments = _bmm(k[:left].mul_(decays.key[:left]).mT, v[:left])
-        states = _entry_states(increments, initial, decays.chunk, grid)
-        _add_bmm_(out[entered:], q[entered:].mul_(decays.query), states[entered:])
-        if final_state is not None and grid.size:
-            last = grid.last
-            leaving = torch.addcmul(increments[last], _rows(decays.chunk, last), states[last])
-            final_state.index_copy_(0, grid.order, leaving)
+    if left:
+        k[:left].mul_(decays.key[:left])
+        states = _states(k, v, initial, decays.chunk, grid, left)
+        if entered < grid.size:
+            _add_bmm_(out[entered:], q[entered:].mul_(decays.query), grid.entry(states)[entered:])
+        if final_state is not None:
+            final_state.index_copy_(0, grid.order, states[grid.last + len(grid.order)])
     grid.scatter(out, o)
 
 
@@ -135,70 +133,88 @@ def _backward_heads(q, k, v, do, decays, grid, initial, dfinal, grads, dinitial)
     """Write the gradients of some heads. q, k, v, do: [N, h, C, D], overwritten; grads: dq, dk, dv [B, T, h, D]."""
     scores = _bmm(q, k.mT).mul_(decays.mask)
     dv = _bmm(scores.mT, do)
-    dscores = torch.bmm(do.flatten(0, 1), v.flatten(0, 1).mT, out=scores.flatten(0, 1)).view_as(scores)
-    dscores.mul_(decays.mask)
+    torch.bmm(do.flatten(0, 1), v.flatten(0, 1).mT, out=scores.flatten(0, 1))
+    dscores = scores.mul_(decays.mask)
     dq = _bmm(dscores, k)
     dk = _bmm(dscores.mT, q)
     entered, left = _inter_chunk_ranges(grid, initial is not None, dfinal is not None)
-    if left or entered < grid.size:
-        keys = k[:left].mul_(decays.key[:left])
-        states = _entry_states(_bmm(keys.mT, v[:left]), initial, decays.chunk, grid)
+    if left:
+        k[:left].mul_(decays.key[:left])
         do[entered:].mul_(decays.query)
-        dstates = _exit_gradients(_bmm(q[entered:].mT, do[entered:]), dfinal, decays.chunk, grid, entered, dinitial)
-        _add_bmm_(dq[entered:], do[entered:], states[entered:].mT)
-        _add_bmm_(dk[:left], v[:left].mul_(decays.key[:left]), dstates[:left].mT)
-        _add_bmm_(dv[:left], keys, dstates[:left])
+        dstates = _state_gradients(q, do, dfinal, decays.chunk, grid, entered)
+        dexit = grid.exit(dstates)[:left]
+        _add_bmm_(dv[:left], k[:left], dexit)
+        if entered < grid.size:
+            states = _states(k, v, initial, decays.chunk, grid, left)
+            _add_bmm_(dq[entered:], do[entered:], grid.entry(states)[entered:].mT)
+        _add_bmm_(dk[:left], v[:left].mul_(decays.key[:left]), dexit.mT)
+        if dinitial is not None:
+            dinitial.index_copy_(0, grid.order, dstates[: len(grid.order)].to(dinitial.dtype))
     for grad, out in zip((dq, dk, dv), grads):
         grid.scatter(grad, out)
 
 
 def _inter_chunk_ranges(grid: ChunkGrid, has_initial: bool, has_final: bool) -> tuple[int, int]:
-    """(first chunk that can be entered by a non-zero state, end of the chunks whose exit state anything uses)."""
+    """(first chunk that a non-zero state enters, end of the chunks whose exit state anything uses)."""
     if not grid.ranks:
         return 0, 0
-    return (0 if has_initial else grid.ranks[0][1]), (grid.size if has_final else grid.ranks[-1][0])
+    entered = 0 if has_initial else grid.ranks[0][1]
+    left = grid.size if has_initial or has_final else grid.ranks[-1][0]
+    return entered, left
 
 
-def _entry_states(increments, initial, decay, grid: ChunkGrid) -> torch.Tensor:
-    """State at the entry of each chunk, [N, h, D, D], from what each of the first chunks adds to it [<=N, h, D, D]."""
-    states = increments.new_empty(grid.size, *increments.shape[1:])
-    if grid.ranks:
-        entry = states[: grid.ranks[0][1]]
-        entry.zero_() if initial is None else torch.index_select(initial, 0, grid.order, out=entry)
-    for (before, _), (start, end) in zip(grid.ranks, grid.ranks[1:]):
-        source = slice(before, before + end - start)
-        torch.addcmul(increments[source], _rows(decay, source), states[source], out=states[start:end])
+def _states(k, v, initial, decay, grid: ChunkGrid, left: int) -> torch.Tensor:
+    """States [R + N, h, D, D]: those entering the R documents, then those leaving each of the first `left` chunks.
+
+    k, v: [N, h, C, D], k already decayed to the end of its chunk; decay: [1 or N, h, 1, 1].
+    """
+    documents = len(grid.order)
+    states = k.new_empty(documents + grid.size, k.shape[1], k.shape[3], v.shape[3])
+    if initial is None:
+        states[:documents].zero_()
+    else:
+        torch.index_select(initial, 0, grid.order, out=states[:documents])
+    torch.bmm(k[:left].flatten(0, 1).mT, v[:left].flatten(0, 1), out=states[documents : documents + left].flatten(0, 1))
+    before = 0
+    for start, end in grid.ranks:
+        if start >= left:
+            break
+        if start or initial is not None:
+            leaving = states[documents + start : documents + end]
+            leaving.addcmul_(_rows(decay, start, end), states[before : before + end - start])
+        before = documents + start
     return states
 
 
-def _exit_gradients(dentry, dfinal, decay, grid: ChunkGrid, entered: int, dinitial) -> torch.Tensor:
-    """Gradient of the state leaving each chunk, [N, h, D, D], and dinitial [S, h, D, D] if given.
+def _state_gradients(q, do, dfinal, decay, grid: ChunkGrid, entered: int) -> torch.Tensor:
+    """Gradients [N + R, h, D, D] of the states entering the chunks from `entered` on, then of the R final states.
 
-    dentry: what each chunk from `entered` on contributes to the gradient of its entry state.
+    q, do: [N, h, C, D], do already decayed from the start of its chunk.
     """
-    dstates = dentry.new_empty(grid.size, *dentry.shape[1:])
+    documents, size = len(grid.order), grid.size
+    grads = q.new_empty(size + documents, q.shape[1], q.shape[3], q.shape[3])
     if dfinal is None:
-        dstates.index_fill_(0, grid.last, 0.0)
+        grads[size:].zero_()
     else:
-        dstates.index_copy_(0, grid.last, dfinal.index_select(0, grid.order))
-    for (before, _), (start, end) in zip(reversed(grid.ranks[:-1]), reversed(grid.ranks[1:])):
-        rank = slice(start, end)
-        torch.addcmul(
-            dentry[start - entered : end - entered],
-            _rows(decay, rank),
-            dstates[rank],
-            out=dstates[before : before + end - start],
-        )
-    if dinitial is not None and grid.ranks:
-        rank = slice(*grid.ranks[0])
-        first = torch.addcmul(dentry[rank], _rows(decay, rank), dstates[rank])
-        dinitial.index_copy_(0, grid.order, first.to(dinitial.dtype))
-    return dstates
+        torch.index_select(dfinal, 0, grid.order, out=grads[size:])
+    torch.bmm(q[entered:].flatten(0, 1).mT, do[entered:].flatten(0, 1), out=grads[entered:size].flatten(0, 1))
+    following, continued = size, 0
+    for start, end in reversed(grid.ranks):
+        if start < entered:
+            break
+        split = start + continued
+        if dfinal is not None and split < end:
+            ending = grads[size + continued : size + end - start]
+            grads[split:end].addcmul_(_rows(decay, split, end), ending)
+        if continued:
+            grads[start:split].addcmul_(_rows(decay, start, split), grads[following : following + continued])
+        following, continued = start, end - start
+    return grads
 
 
-def _rows(decay: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
-    """decay[index], or all of it when one row stands for every chunk."""
-    return decay if len(decay) == 1 else decay[index]
+def _rows(decay: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Rows of one decay per chunk, or the one row that stands for every chunk."""
+    return decay if len(decay) == 1 else decay[start:end]
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
 from m1_kernels.chunked import lightning_attention_chunked
 from m1_kernels.reference import lightning_attention_reference
 

@@ -1,5 +1,6 @@
 """The chunk grid: how tokens of a batch or a pack are laid out in chunks of C tokens, each inside one document."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ class ChunkGrid:
     token_of: torch.Tensor | None  # [N*C] flat token of each slot, 0 for padding; None: aligned batch, see `gather`
     slot_of: torch.Tensor | None  # [tokens] slot of each token (-1 outside all documents)
     padding: torch.Tensor | None  # [P] slots that hold no token
+    parent: torch.Tensor | None  # [N] place of each chunk's predecessor, see `entry`; None: the same place
+    child: torch.Tensor | None  # [N] place of each chunk's successor, see `exit`; None: R places on
 
     @property
     def size(self) -> int:
@@ -32,7 +35,7 @@ class ChunkGrid:
 
     def gather(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """New contiguous [N, H, C, D] of `dtype` from x [B, T, H, D] of any strides; padding slots are zero."""
-        batch, tokens, heads, dim = x.shape
+        batch, _, heads, dim = x.shape
         grid = x.new_empty(self.size, heads, self.chunk, dim, dtype=dtype)
         if self.token_of is None:
             chunks = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
@@ -52,6 +55,14 @@ class ChunkGrid:
         rows = grid.transpose(1, 2).reshape(-1, heads, dim).index_select(0, self.slot_of.clamp(min=0))
         rows.masked_fill_((self.slot_of < 0)[:, None, None], 0.0)
         out.copy_(rows.view_as(out))
+
+    def entry(self, states: torch.Tensor) -> torch.Tensor:
+        """[N, ...], the state entering each chunk; states [R + N, ...]: entering each document, leaving each chunk."""
+        return states[: self.size] if self.parent is None else states.index_select(0, self.parent)
+
+    def exit(self, grads: torch.Tensor) -> torch.Tensor:
+        """[N, ...], for the state leaving each chunk; grads [N + R, ...]: entering each chunk, leaving each document."""
+        return grads[len(self.order) :] if self.child is None else grads.index_select(0, self.child)
 
 
 def build_grid(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk: int, device: torch.device) -> ChunkGrid:
@@ -75,22 +86,28 @@ def build_grid(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk: 
         chunk //= 2
 
     chunks_of, order = torch.div(lengths + chunk - 1, chunk, rounding_mode="floor").sort(descending=True, stable=True)
-    order = order[chunks_of > 0]
-    chunks_of = chunks_of[chunks_of > 0]
-    most = int(chunks_of[0]) if len(chunks_of) else 0
-    # documents with more than r chunks: they are a prefix of `order`
-    counts = (chunks_of[None, :] > torch.arange(most)[:, None]).sum(1) if cu_seqlens is not None else None
-    if counts is None:
-        counts = torch.full((most,), batch)
+    order, chunks_of = order[chunks_of > 0], chunks_of[chunks_of > 0]
+    ascending = chunks_of.flip(0).contiguous()
+    most = int(ascending[-1]) if len(ascending) else 0
+    # counts[r]: documents with more than r chunks; they are a prefix of `order`
+    counts = len(order) - torch.searchsorted(ascending, torch.arange(most), right=True)
     ends = counts.cumsum(0)
     starts = ends - counts
-    ranks = list(zip(starts.tolist(), ends.tolist()))
     last = starts[chunks_of - 1] + torch.arange(len(order))
+    frame = functools.partial(
+        ChunkGrid,
+        chunk=chunk,
+        documents=len(lengths),
+        ranks=list(zip(starts.tolist(), ends.tolist())),
+        order=order.to(device),
+        last=last.to(device),
+    )
     if cu_seqlens is None and tokens % chunk == 0:
-        return ChunkGrid(chunk, batch, ranks, order.to(device), last.to(device), None, None, None, None)
+        return frame(lengths=None, token_of=None, slot_of=None, padding=None, parent=None, child=None)
 
     rank = torch.arange(most).repeat_interleave(counts)
-    document = order[torch.arange(len(rank)) - starts[rank]]
+    place = torch.arange(len(rank)) - starts[rank]
+    document = order[place]
     first_token = edges[:-1][document] + rank * chunk
     chunk_lengths = (edges[1:][document] - first_token).clamp(max=chunk)
     offset = torch.arange(chunk)
@@ -98,14 +115,17 @@ def build_grid(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk: 
     token_of = (first_token[:, None] + offset).flatten()
     slot_of = torch.full((batch * tokens,), -1, dtype=torch.int64)
     slot_of[token_of[valid]] = valid.nonzero().flatten()
-    return ChunkGrid(
-        chunk=chunk,
-        documents=len(lengths),
-        ranks=ranks,
-        order=order.to(device),
-        last=last.to(device),
+
+    uniform = len(order) * most == len(rank)
+    parent = torch.where(rank > 0, len(order) + starts[rank - 1] + place, place)
+    next_rank = (rank + 1).clamp(max=most - 1)
+    continues = (rank + 1 < most) & (place < counts[next_rank])
+    child = torch.where(continues, starts[next_rank] + place, len(rank) + place)
+    return frame(
         lengths=chunk_lengths.to(device),
         token_of=torch.where(valid, token_of, 0).to(device),
         slot_of=slot_of.to(device),
         padding=(~valid).nonzero().flatten().to(device),
+        parent=None if uniform else parent.to(device),
+        child=None if uniform else child.to(device),
     )

@@ -1,5 +1,7 @@
 """Lightning attention one token at a time: slow, differentiable, and plainly the definition."""
 
+import itertools
+
 import torch
 
 __all__ = ["lightning_attention_reference"]
@@ -29,7 +31,7 @@ def lightning_attention_reference(
         spans = [(row, 0, tokens) for row in range(batch)]
     else:
         edges = cu_seqlens.tolist()
-        spans = [(0, start, end) for start, end in zip(edges, edges[1:])]
+        spans = [(0, start, end) for start, end in itertools.pairwise(edges)]
 
     rows = [[q.new_zeros(heads, dim)] * tokens for _ in range(batch)]
     final_states = []

@@ -1,6 +1,7 @@
 """Causal softmax attention with grouped key/value heads, for M1's ten softmax layers."""
 
 import inspect
+import itertools
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -56,7 +57,7 @@ def _dense(q, k, v, scale: float, causal: bool) -> torch.Tensor:
 
 def _document_by_document(q, k, v, scale: float, cu_seqlens: torch.Tensor, causal: bool) -> torch.Tensor:
     edges = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(edges, edges[1:])] + [q.shape[1] - edges[-1]]
+    lengths = [end - start for start, end in itertools.pairwise(edges)] + [q.shape[1] - edges[-1]]
     # split, not slices: its backward is one concatenation instead of one pack-sized gradient per document
     documents = list(zip(*(x.split(lengths, dim=1) for x in (q, k, v))))
     outputs = [_dense(*document, scale, causal) if document[0].shape[1] else document[0] for document in documents[:-1]]
