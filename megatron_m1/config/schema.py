@@ -70,9 +70,11 @@ class ModelConfig:
 class MoEConfig:
     """How the experts are trained (not part of the architecture)."""
 
-    aux_loss: Literal["none", "global", "micro_batch"] = "global"
-    """Tokens over which the load-balancing statistics f and m are taken: `global` = the micro-batches of all data-,
-    expert-, context- and tensor-parallel ranks that run together; `micro_batch` = one micro-batch of one data rank."""
+    aux_loss: Literal["none", "global", "micro_batch"] = "micro_batch"
+    """Tokens over which the load-balancing statistics f and m are taken. `micro_batch`: the sequences of one micro-batch, over
+    all ranks that share them, so the loss is the same in every layout. `global` (MiniMax-Text-01's global router): the
+    micro-batches of all data- and expert-parallel ranks that run at the same time; the same in every layout with the same
+    training.micro_batch times data-parallel size. Padding is excluded, the losses of a step are averaged."""
     aux_loss_coefficient: float = 0.001
     aux_loss_form: Literal["megatron", "minimax", "hf"] = "megatron"
     """Normalisation at perfect balance, per layer: `megatron` 1, `minimax` 1/E^2 (as printed in the Text-01 report),

@@ -1,5 +1,7 @@
 """Core's data-parallel wrapper and optimizer for our model chunks."""
 
+import logging
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -17,6 +19,8 @@ def wrap_data_parallel(
     models: list[M1Model], config: Config, groups: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:
     """The chunks with gradient buffers that are SUMMED over the data-parallel ranks (the loss is normalised beforehand)."""
+    # Core computes the buffer layout itself where none is given (distributed_data_parallel.py:133) and warns each time.
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     parallel = config.parallel
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.training.grad_reduce_dtype == "fp32",

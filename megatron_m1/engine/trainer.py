@@ -17,6 +17,7 @@ from megatron_m1 import platform
 from megatron_m1.config.schema import Config
 from megatron_m1.engine.batch import MicroBatch
 from megatron_m1.engine.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from megatron_m1.engine.schedule import consumed_samples
 from megatron_m1.model.build import build_model, routers, sharded_parameters
 
 __all__ = ["StepResult", "Trainer"]
@@ -66,12 +67,16 @@ class Trainer:
             self.core.param_sync_func = _one_or_list([model.start_param_sync for model in self.models])
 
     def train_step(self, micro_batches: list[dict[str, Any]], *, lr: float) -> StepResult:
-        """Forward, backward, clip, update. `micro_batches`: this data-parallel rank's share of the global batch.
+        """`forward_backward`, then `update`. `micro_batches`: this data-parallel rank's share of the global batch."""
+        loss, tokens = self.forward_backward(micro_batches)
+        return self.update(loss, tokens, lr=lr)
+
+    def update(self, loss: float, tokens: int, *, lr: float) -> StepResult:
+        """Clip the gradients of `forward_backward`, which gave `loss` and `tokens`, and update the weights.
 
         Raises FloatingPointError on every rank if the loss or the gradient norm is not finite; the weights in memory are then
         unusable, those on disk untouched.
         """
-        loss, tokens = self.forward_backward(micro_batches)
         _require_finite("loss", loss)
         set_learning_rate(self.optimizer, lr)
         _, grad_norm, _ = self.optimizer.step()
@@ -99,8 +104,21 @@ class Trainer:
         parts = self._run(micro_batches, forward_only=True, scale=1.0 / max(tokens, 1))
         return self._reduce_loss(parts), tokens
 
+    def complete_parameters(self) -> None:
+        """Make the weights in the modules those of the last update; under `overlap_param_gather` they otherwise arrive with
+        the next forward pass. Call on every rank before weights are read or saved."""
+        if self.config.parallel.overlap_param_gather:
+            for model in self.models:
+                model.disable_forward_pre_hook()
+                model.enable_forward_pre_hook()
+
+    def consumed_samples(self, step: int) -> int:
+        """Sequences consumed before step `step`, the position in the data that a checkpoint records."""
+        return consumed_samples(step, self.config.training)
+
     def parameters(self) -> dict[str, Tensor]:
-        """Native name -> local parameter of this rank."""
+        """Native name -> local parameter of this rank, after its last update. Call on every rank."""
+        self.complete_parameters()
         return {name: sharded.data for name, sharded in sharded_parameters(self.models).items()}
 
     def _run(self, micro_batches: list[dict[str, Any]], *, forward_only: bool, scale: float) -> list[Tensor]:

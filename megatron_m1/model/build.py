@@ -6,15 +6,17 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
+from torch import Tensor
 
 from megatron_m1 import platform
 from megatron_m1.config.schema import Config
 from megatron_m1.model.init import initialize
+from megatron_m1.model.lightning import LightningAttention
 from megatron_m1.model.m1 import M1Model
 from megatron_m1.model.router import M1Router
-from megatron_m1.model.transformer_config import M1TransformerConfig, core_config
+from megatron_m1.model.transformer_config import core_config
 
-__all__ = ["build_model", "model_sharded_state", "routers", "sharded_parameters"]
+__all__ = ["build_model", "lightning_layers", "model_sharded_state", "routers", "sharded_parameters"]
 
 
 def build_model(config: Config, groups: ProcessGroupCollection, *, device: torch.device | None = None) -> list[M1Model]:
@@ -63,5 +65,11 @@ def routers(models: list[torch.nn.Module]) -> list[M1Router]:
     return [module for module in modules if isinstance(module, M1Router)]
 
 
-def core_configuration(models: list[torch.nn.Module]) -> M1TransformerConfig:
-    return unwrap_model(models)[0].config
+def lightning_layers(models: list[torch.nn.Module]) -> dict[int, Tensor]:
+    """0-based layer index -> slopes fp32 [local heads] of the lightning layers of this rank."""
+    layers = itertools.chain.from_iterable(m.decoder.layers for m in unwrap_model(models))
+    return {
+        layer.layer_number - 1: layer.self_attention.slopes
+        for layer in layers
+        if isinstance(layer.self_attention, LightningAttention)
+    }

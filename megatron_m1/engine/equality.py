@@ -1,0 +1,206 @@
+"""Does every parallel layout give the numbers of one rank? `run_layout` on each rank, `compare` on what they return."""
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_m1.config.schema import Config, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_m1.engine.trainer import Trainer
+from megatron_m1.model.build import sharded_parameters
+from megatron_m1.parallel import destroy_groups, init_groups
+
+__all__ = ["LAYOUTS", "Difference", "RankResult", "compare", "equality_batches", "equality_config", "run_layout"]
+
+STEPS = 5
+
+# name -> (ranks, parallel settings, training settings)
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "TP2+SP": (2, {"tensor": 2}, {}),
+    "TP2 without SP": (2, {"tensor": 2, "sequence": False}, {}),
+    "TP2, EP1, ETP1": (2, {"tensor": 2, "expert_tensor": 1}, {}),
+    "TP2 without SP, EP1, ETP1": (2, {"tensor": 2, "expert_tensor": 1, "sequence": False}, {}),
+    "PP2": (2, {"pipeline": 2}, {}),
+    "PP2, VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "EP2": (2, {"expert": 2}, {}),
+    "EP2, all-gather dispatcher": (2, {"expert": 2}, {"dispatcher": "allgather"}),
+    "ETP2": (2, {"expert_tensor": 2}, {}),
+    "DP2": (2, {}, {}),
+    "DP2, overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {}),
+    "DP2, plain optimizer": (2, {"distributed_optimizer": False}, {}),
+    "DP2xEP2": (4, {"expert": 2}, {}),
+    "DP2xEP2, plain optimizer": (4, {"expert": 2, "distributed_optimizer": False}, {}),
+    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}, {}),
+    "TP2xEP2": (4, {"tensor": 2, "expert": 2}, {}),
+    "TP2xEP2, ETP1": (4, {"tensor": 2, "expert": 2, "expert_tensor": 1}, {}),
+    "PP2xEP2": (4, {"pipeline": 2, "expert": 2}, {}),
+    "PP2, VPP2, EP2, DP2": (4, {"pipeline": 2, "virtual_pipeline": 2, "expert": 2}, {}),
+    "recompute full": (1, {}, {"recompute": "full"}),
+    "recompute selective": (1, {}, {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]}),
+    "TP2xPP2, recompute full": (4, {"tensor": 2, "pipeline": 2}, {"recompute": "full"}),
+}
+
+
+@dataclass
+class RankResult:
+    """What one rank saw: losses and gradient norms of all steps, its shards of the gradients of the first step and of the
+    final weights, each as (local tensor, global offset, global shape)."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    aux_losses: list[float] = field(default_factory=list)
+    gradients: dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    weights: dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+
+@dataclass
+class Difference:
+    """Worst relative differences of a layout from one rank; per tensor ||a - b|| / ||b||."""
+
+    loss: float
+    grad_norm: float
+    aux_loss: float
+    gradient: float
+    worst_gradient: str
+    weight: float
+    worst_weight: str
+
+
+def equality_config(parallel: dict[str, Any], training: dict[str, Any], *, precision: str = "fp32") -> Config:
+    """A small M1 with every feature: both layer kinds on every pipeline chunk, GQA, a shared expert, distinct alphas and betas,
+    balance and z loss, packed documents. `training` may hold `dispatcher`, an option of the experts."""
+    training = dict(training)
+    dispatcher = training.pop("dispatcher", "alltoall")
+    return Config(
+        model=ModelConfig(
+            vocab_size=96,
+            hidden_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            intermediate_size=48,
+            num_local_experts=4,
+            shared_intermediate_size=24,
+            attn_type_list=[0, 1, 0, 1],
+            rotary_dim=8,
+            layernorm_linear_attention_alpha=1.6,
+            layernorm_full_attention_alpha=1.4,
+            layernorm_mlp_alpha=1.8,
+            layernorm_linear_attention_beta=0.9,
+            layernorm_full_attention_beta=1.1,
+            layernorm_mlp_beta=0.8,
+        ),
+        moe=MoEConfig(aux_loss="micro_batch", aux_loss_coefficient=0.02, z_loss_coefficient=1e-3, dispatcher=dispatcher),
+        parallel=ParallelConfig(**parallel),
+        training=replace(
+            TrainingConfig(steps=STEPS, seed=7, micro_batch=2, global_batch=8, seq_length=32, precision=precision),  # type: ignore[arg-type]
+            **training,
+        ),
+        optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5),
+    )
+
+
+def equality_batches(config: Config, step: int) -> list[dict[str, Any]]:
+    """The micro-batches of a global batch: packed documents of ragged lengths, ragged loss masks, one without any loss token, one
+    with padding."""
+    training, vocab = config.training, config.model.vocab_size
+    rows, length = training.micro_batch, training.seq_length
+    batches = []
+    for index in range(training.global_batch // rows):
+        generator = torch.Generator().manual_seed(1000 * step + index)
+        ids = torch.randint(0, vocab, (rows, length + 1), generator=generator)
+        cuts = [0, *sorted({int(c) for c in torch.randint(1, rows * length, (3,), generator=generator)} | {length}), rows * length]
+        positions = torch.cat([torch.arange(end - start) for start, end in zip(cuts, cuts[1:], strict=False)])
+        mask = (torch.rand(rows, length, generator=generator) < 0.3 + 0.2 * index).float()
+        padding = torch.zeros(rows, length, dtype=torch.bool)
+        if index == 1:
+            mask.zero_()
+        if index == 2:
+            padding[-1, length - 5 :] = True
+            mask[padding] = 0.0
+        batches.append(
+            {
+                "tokens": ids[:, :-1],
+                "labels": ids[:, 1:],
+                "loss_mask": mask,
+                "position_ids": positions.view(rows, length),
+                "cu_seqlens": torch.tensor(cuts, dtype=torch.int32),
+                "max_seqlen": max(b - a for a, b in zip(cuts, cuts[1:], strict=False)),
+                "padding_mask": padding,
+            }
+        )
+    return batches
+
+
+def run_layout(rank: int, world: int, config: Config, steps: int = STEPS) -> RankResult:
+    """Train `steps` steps of `equality_batches` in the layout of `config`; call on every rank, torch.distributed initialised."""
+    groups = init_groups(config.parallel, seed=config.training.seed)
+    trainer = Trainer(copy.deepcopy(config), groups)
+    trainer.force_all_reduce = True  # whole gradients on every rank, also under the distributed optimizer
+    result = RankResult()
+    for step in range(steps):
+        share = equality_batches(config, step)[groups.dp.rank() :: groups.dp.size()]
+        if step == 0:
+            trainer.forward_backward(share)
+            result.gradients = _shards(trainer, "main_grad")
+        figures = trainer.train_step(share, lr=config.optimizer.lr)
+        result.losses.append(figures.loss)
+        result.grad_norms.append(figures.grad_norm)
+        result.aux_losses.append(figures.aux_loss)
+    result.weights = _shards(trainer, None)
+    destroy_groups()
+    return result
+
+
+def compare(reference: RankResult, ranks: list[RankResult]) -> Difference:
+    """Worst difference of any rank, replica and tensor from the one-rank `reference`.
+
+    Raises AssertionError if the ranks together do not hold every element of every tensor.
+    """
+    gradient, worst_gradient = _worst([r.gradients for r in ranks], reference.gradients)
+    weight, worst_weight = _worst([r.weights for r in ranks], reference.weights)
+    return Difference(
+        loss=max(_relative(r.losses, reference.losses) for r in ranks),
+        grad_norm=max(_relative(r.grad_norms, reference.grad_norms) for r in ranks),
+        aux_loss=max(_relative(r.aux_losses, reference.aux_losses) for r in ranks),
+        gradient=gradient,
+        worst_gradient=worst_gradient,
+        weight=weight,
+        worst_weight=worst_weight,
+    )
+
+
+def _shards(trainer: Trainer, attribute: str | None) -> dict[str, tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
+    shards = {}
+    trainer.complete_parameters()
+    for name, sharded in sharded_parameters(trainer.models).items():
+        local = sharded.data if attribute is None else getattr(sharded.data, attribute)
+        local = local.detach().float().cpu().clone().view(sharded.local_shape)
+        shards[name] = (local, tuple(sharded.global_offset), tuple(sharded.global_shape))
+    return shards
+
+
+def _worst(ranks: list[dict], reference: dict) -> tuple[float, str]:
+    worst, worst_name = 0.0, ""
+    for name, (full, _, shape) in reference.items():
+        copies, square = torch.zeros(shape), 0.0
+        for shards in ranks:
+            if name not in shards:
+                continue
+            local, offset, _ = shards[name]
+            window = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
+            copies[window] += 1
+            square += float((local.double() - full[window].double()).square().sum())
+        assert copies.min() > 0, f"{name}: the ranks hold only a part of it"
+        difference = math.sqrt(square / float(copies.mean())) / max(float(full.double().norm()), 1e-30)
+        if not difference <= worst:  # NaN is the worst
+            worst, worst_name = difference, name
+    return worst, worst_name
+
+
+def _relative(ours: list[float], reference: list[float]) -> float:
+    return max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(ours, reference, strict=True))
