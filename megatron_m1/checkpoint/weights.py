@@ -22,7 +22,9 @@ def step_folder(checkpoint: Path) -> Path:
         raise ConfigError(f"--checkpoint={checkpoint} {what}; name a folder that training or an import has written.")
     step = checkpoint / pointer.read_text(encoding="utf-8").strip()
     if not (step / ".metadata").is_file():
-        raise ConfigError(f"{pointer} names {step.name}, which is no complete checkpoint; name a step folder of {checkpoint}.")
+        raise ConfigError(
+            f"{pointer} names {step.name}, which is no complete checkpoint; name a step folder of {checkpoint}."
+        )
     return step
 
 
@@ -45,7 +47,9 @@ def load_weights(step: Path, models: list[torch.nn.Module]) -> None:
     reader = NativeReader(step)
     for name, sharded in parameters.items():
         if name not in reader.shapes:
-            raise ConfigError(f"{name} is missing from {step}, though its config.yaml asks for it; use another checkpoint.")
+            raise ConfigError(
+                f"{name} is missing from {step}, though its config.yaml asks for it; use another checkpoint."
+            )
         if reader.shapes[name] != tuple(sharded.global_shape):
             raise ConfigError(
                 f"{name} in {step} has shape {list(reader.shapes[name])}; its config.yaml implies "

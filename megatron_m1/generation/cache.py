@@ -127,8 +127,8 @@ class HybridCache:
         # The query heads of a KV group stand where the queries of a sequence usually do.
         groups = k.shape[2]
         queries = q[0, : now.sequences].unflatten(1, (groups, -1))
-        past = (store[: now.sequences, :, :longest] for store in (keys, values))
-        attended = scaled_dot_product_attention(queries, *past, attn_mask=now.visible, scale=scale)
+        keys, values = (store[: now.sequences, :, :longest] for store in (keys, values))
+        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=now.visible, scale=scale)
         out[0, : now.sequences] = attended.flatten(1, 2)
         return out
 

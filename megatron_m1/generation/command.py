@@ -116,7 +116,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _trained_config(step: Path) -> Config:
     path = step / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{path} is missing, so the model is unknown; use a folder that training or an import has written.")
+        raise ConfigError(
+            f"{path} is missing, so the model is unknown; use a folder that training or an import has written."
+        )
     return from_yaml(path)
 
 
@@ -161,7 +163,9 @@ def _tokenizer(folder: Path | None, trained: Config) -> Tokenizer | None:
 def _end_token(asked: int | None, trained: Config, tokenizer: Tokenizer | None) -> int | None:
     if asked is not None:
         if asked >= trained.model.vocab_size:
-            raise ConfigError(f"--end-token={asked} must be below model.vocab_size={trained.model.vocab_size}, or -1 for none.")
+            raise ConfigError(
+                f"--end-token={asked} must be below model.vocab_size={trained.model.vocab_size}, or -1 for none."
+            )
         return None if asked < 0 else asked
     if trained.data.eod_token_id is not None:
         return trained.data.eod_token_id

@@ -76,9 +76,7 @@ def generate(
     """
     rank, replicas = groups.dp.rank(), groups.dp.size()
     indices = range(rank, len(prompts), replicas)
-    requests = [
-        _Request(prompts[index], request_generator(sampling.seed, index), Completion()) for index in indices
-    ]
+    requests = [_Request(prompts[index], request_generator(sampling.seed, index), Completion()) for index in indices]
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     slots = min(batch_size, max(len(indices), 1))
     was_training = model.training
@@ -123,7 +121,8 @@ class _Engine:
 
     def run(self, requests: list[_Request]) -> None:
         """Complete all requests of this replica."""
-        waiting, active = requests[::-1], []
+        waiting = requests[::-1]
+        active: list[_Request] = []
         while True:
             admitted = self._admit(waiting, self.slots - len(active))
             prefill, decode = self._agree(bool(admitted), bool(active))

@@ -42,7 +42,9 @@ def check_output(path: Path) -> None:
     if path.is_dir():
         raise ConfigError(f"--output={path} is a folder; name a file.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--output={path}: {path.parent} is no folder that can be written to; create it or name another.")
+        raise ConfigError(
+            f"--output={path}: {path.parent} is no folder that can be written to; create it or name another."
+        )
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -56,7 +58,9 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ConfigError(f"--output={path} cannot be written: {error.strerror}; the file there is as it was.") from None
+        raise ConfigError(
+            f"--output={path} cannot be written: {error.strerror}; the file there is as it was."
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -68,7 +72,9 @@ def _prompt(line: bytes, where: str, tokenizer: Tokenizer | None, limits: Prompt
         raise ConfigError(f"{where} is not JSON ({error}); write one object per line.") from None
     if not isinstance(record, dict) or ("text" in record) == ("token_ids" in record):
         raise ConfigError(f"{where} must be an object with either `text` or `token_ids`; correct the line.")
-    tokens = _encode(record["text"], where, tokenizer) if "text" in record else _checked(record["token_ids"], where, limits)
+    tokens = (
+        _encode(record["text"], where, tokenizer) if "text" in record else _checked(record["token_ids"], where, limits)
+    )
     if not tokens:
         raise ConfigError(f"{where}: the prompt is empty; give it at least one token.")
     if len(tokens) > limits.max_tokens:

@@ -17,11 +17,11 @@ FLOORS = {
     "data": 5,
     "checkpoint": 5,
     "engine": 6,
-    "generation": 6,
-    "pretrain": 7,
-    "sft": 7,
-    "rl": 7,
-    "__main__": 8,
+    "generation": 7,
+    "pretrain": 8,
+    "sft": 8,
+    "rl": 8,
+    "__main__": 9,
 }
 
 
