@@ -9,10 +9,11 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Buffer
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -165,6 +166,7 @@ class NativeWriter:
     """Writes chunks one after another; only the chunk at hand is in memory.
 
     folder: an existing empty folder. It becomes a checkpoint with `finish`, which writes `.metadata` last.
+    files: what manifest.json says of each .distcp file, complete after `finish`.
     """
 
     def __init__(self, folder: Path):
@@ -172,8 +174,8 @@ class NativeWriter:
         self._storage = FileSystemWriter(folder)
         self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._results: list[WriteResult] = []
-        self._stream: io.BufferedWriter | None = None
-        self._files = 0
+        self._stream: ChecksumStream | None = None
+        self.files: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "NativeWriter":
         return self
@@ -186,8 +188,9 @@ class NativeWriter:
     def start_file(self) -> None:
         """What follows goes into a new .distcp file."""
         self._close_file()
-        self._stream = open(self.folder / f"__0_{self._files}.distcp", "wb")  # noqa: SIM115 (closed by _close_file)
-        self._files += 1
+        name = f"__0_{len(self.files)}.distcp"
+        self._stream = ChecksumStream(self.folder / name)
+        self.files[name] = {"bytes": 0, "crc32": []}
 
     def write(self, name: str, shape: tuple[int, ...], start: int, data: Tensor) -> None:
         """data: rows from `start` on of the global tensor `name` of `shape`."""
@@ -211,15 +214,41 @@ class NativeWriter:
     def _save(self, index: MetadataIndex, data: object) -> None:
         stream = self._stream
         assert stream is not None, "start_file comes before write"
-        offset = stream.tell()
+        offset, stream.crc32 = stream.tell(), 0
         torch.save(data, stream)
         length = stream.tell() - offset
-        file = os.path.basename(stream.name)
-        self._results.append(WriteResult(index, length, _StorageInfo(file, offset, length)))
+        self._results.append(WriteResult(index, length, _StorageInfo(stream.path.name, offset, length)))
+        entry = self.files[stream.path.name]
+        entry["bytes"] += length
+        entry["crc32"].append(stream.crc32)
 
     def _close_file(self) -> None:
         if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
             self._stream.close()
             self._stream = None
+
+
+class ChecksumStream(io.RawIOBase):
+    """A file written from beginning to end, with the CRC-32 of what was written since `crc32` was set to 0."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.crc32 = path, 0
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer, /) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        super().close()

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 HfFormat = Literal["minimax_m1", "minimax"]
+Scope = Literal["first", "every layer", "lightning", "softmax", "shared", "last"]
 View = Callable[[Tensor, ModelConfig], Tensor]
 
 HF_BLOCK_SIZE = 256
@@ -67,80 +68,63 @@ def key_value_groups(qkv: Tensor, model: ModelConfig) -> Tensor:
 @dataclass(frozen=True)
 class Row:
     native: str
-    shape: tuple[str, ...]
-    pieces: tuple[tuple[str, tuple[str, ...], View], ...]
+    shape: str
+    pieces: tuple[tuple[str, str, View], ...]
     """(Hugging Face name, its shape, its view); `{e}` in the name: one per expert, the view taken of native[e]."""
-    scope: Literal["first", "every layer", "lightning", "softmax", "shared", "last"]
+    scope: Scope
     fp32: bool = False
     """Stored in float32 whatever the dtype of the model."""
 
 
+def same(
+    native: str,
+    hf: str,
+    shape: str,
+    scope: Scope,
+    *,
+    fp32: bool = False,
+) -> Row:
+    return Row(native, shape, ((hf, shape, whole),), scope, fp32)
+
+
 N, P = "decoder.layers.{i}.", "model.layers.{i}."
 TABLE = (
-    Row("embedding.word_embeddings.weight", ("V", "h"), (("model.embed_tokens.weight", ("V", "h"), whole),), "first"),
-    Row(N + "input_layernorm.weight", ("h",), ((P + "input_layernorm.weight", ("h",), whole),), "every layer"),
+    same("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V h", "first"),
+    same(N + "input_layernorm.weight", P + "input_layernorm.weight", "h", "every layer"),
+    same(N + "self_attention.qkv_proj.weight", P + "self_attn.qkv_proj.weight", "3HD h", "lightning"),
+    same(N + "self_attention.output_gate.weight", P + "self_attn.output_gate.weight", "HD h", "lightning"),
+    same(N + "self_attention.norm.weight", P + "self_attn.norm.weight", "HD", "lightning"),
+    same(N + "self_attention.out_proj.weight", P + "self_attn.out_proj.weight", "h HD", "lightning"),
     Row(
-        N + "self_attention.qkv_proj.weight", ("3HD", "h"),
-        ((P + "self_attn.qkv_proj.weight", ("3HD", "h"), whole),), "lightning",
-    ),
-    Row(
-        N + "self_attention.output_gate.weight", ("HD", "h"),
-        ((P + "self_attn.output_gate.weight", ("HD", "h"), whole),), "lightning",
-    ),
-    Row(N + "self_attention.norm.weight", ("HD",), ((P + "self_attn.norm.weight", ("HD",), whole),), "lightning"),
-    Row(
-        N + "self_attention.out_proj.weight", ("h", "HD"),
-        ((P + "self_attn.out_proj.weight", ("h", "HD"), whole),), "lightning",
-    ),
-    Row(
-        N + "self_attention.qkv_proj.weight", ("HD+2GD", "h"),
+        N + "self_attention.qkv_proj.weight",
+        "HD+2GD h",
         (
-            (P + "self_attn.q_proj.weight", ("HD", "h"), queries),
-            (P + "self_attn.k_proj.weight", ("GD", "h"), keys),
-            (P + "self_attn.v_proj.weight", ("GD", "h"), values),
+            (P + "self_attn.q_proj.weight", "HD h", queries),
+            (P + "self_attn.k_proj.weight", "GD h", keys),
+            (P + "self_attn.v_proj.weight", "GD h", values),
         ),
         "softmax",
     ),
+    same(N + "self_attention.o_proj.weight", P + "self_attn.o_proj.weight", "h HD", "softmax"),
+    same(N + "post_attention_layernorm.weight", P + "post_attention_layernorm.weight", "h", "every layer"),
+    same(N + "mlp.router.weight", P + "block_sparse_moe.gate.weight", "E h", "every layer", fp32=True),
     Row(
-        N + "self_attention.o_proj.weight", ("h", "HD"),
-        ((P + "self_attn.o_proj.weight", ("h", "HD"), whole),), "softmax",
-    ),
-    Row(
-        N + "post_attention_layernorm.weight", ("h",),
-        ((P + "post_attention_layernorm.weight", ("h",), whole),), "every layer",
-    ),
-    Row(
-        N + "mlp.router.weight", ("E", "h"),
-        ((P + "block_sparse_moe.gate.weight", ("E", "h"), whole),), "every layer", fp32=True,
-    ),
-    Row(
-        N + "mlp.experts.fc1", ("E", "2", "F", "h"),
+        N + "mlp.experts.fc1",
+        "E 2 F h",
         (
-            (P + "block_sparse_moe.experts.{e}.w1.weight", ("F", "h"), w1),
-            (P + "block_sparse_moe.experts.{e}.w3.weight", ("F", "h"), w3),
+            (P + "block_sparse_moe.experts.{e}.w1.weight", "F h", w1),
+            (P + "block_sparse_moe.experts.{e}.w3.weight", "F h", w3),
         ),
         "every layer",
     ),
-    Row(
-        N + "mlp.experts.fc2", ("E", "h", "F"),
-        ((P + "block_sparse_moe.experts.{e}.w2.weight", ("h", "F"), whole),), "every layer",
-    ),
-    Row(
-        N + "shared_mlp.gate_proj.weight", ("Fs", "h"),
-        ((P + "shared_mlp.gate_proj.weight", ("Fs", "h"), whole),), "shared",
-    ),
-    Row(
-        N + "shared_mlp.up_proj.weight", ("Fs", "h"),
-        ((P + "shared_mlp.up_proj.weight", ("Fs", "h"), whole),), "shared",
-    ),
-    Row(
-        N + "shared_mlp.down_proj.weight", ("h", "Fs"),
-        ((P + "shared_mlp.down_proj.weight", ("h", "Fs"), whole),), "shared",
-    ),
-    Row(N + "shared_mlp.coefficient.weight", ("1", "h"), ((P + "coefficient.weight", ("1", "h"), whole),), "shared"),
-    Row("decoder.final_layernorm.weight", ("h",), (("model.norm.weight", ("h",), whole),), "last"),
-    Row("output_layer.weight", ("V", "h"), (("lm_head.weight", ("V", "h"), whole),), "last", fp32=True),
-)  # fmt: skip
+    Row(N + "mlp.experts.fc2", "E h F", ((P + "block_sparse_moe.experts.{e}.w2.weight", "h F", whole),), "every layer"),
+    same(N + "shared_mlp.gate_proj.weight", P + "shared_mlp.gate_proj.weight", "Fs h", "shared"),
+    same(N + "shared_mlp.up_proj.weight", P + "shared_mlp.up_proj.weight", "Fs h", "shared"),
+    same(N + "shared_mlp.down_proj.weight", P + "shared_mlp.down_proj.weight", "h Fs", "shared"),
+    same(N + "shared_mlp.coefficient.weight", P + "coefficient.weight", "1 h", "shared"),
+    same("decoder.final_layernorm.weight", "model.norm.weight", "h", "last"),
+    same("output_layer.weight", "lm_head.weight", "V h", "last", fp32=True),
+)
 
 
 @dataclass(frozen=True)
@@ -262,8 +246,8 @@ def dimensions(model: ModelConfig) -> dict[str, int]:
 
 
 def instance(row: Row, sizes: dict[str, int], layer: int | None) -> NativeTensor:
-    def shaped(symbols: tuple[str, ...]) -> tuple[int, ...]:
-        return tuple(sizes[symbol] for symbol in symbols)
+    def shaped(symbols: str) -> tuple[int, ...]:
+        return tuple(sizes[symbol] for symbol in symbols.split())
 
     pieces = []
     per_expert = "{e}" in row.pieces[0][0]

@@ -1,10 +1,11 @@
 """Import, export and verify on tiny models: bitwise, both formats, and with damaged input."""
 
+import importlib.util
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -356,27 +357,52 @@ def test_plans_are_exact_and_write_nothing(write_hf, tmp_path):
     assert export.write_bytes == sum(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/convert_checkpoint.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture
+def tool(capsys) -> Callable[..., tuple[int, str, str]]:
+    """tool(*arguments) -> exit code, standard output, standard error of tools/convert_checkpoint.py."""
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", REPOSITORY / "tools" / "convert_checkpoint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = module.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_command_line(write_hf, tmp_path):
+def test_command_line(write_hf, tmp_path, tool):
     source, native, out = write_hf(CASES["base"]), tmp_path / "native", tmp_path / "out"
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text("{}")
     common = ("--checkpoint", native, "--format", "minimax_m1")
-    plan = run_tool("import", "--hf", source, *common, "--plan")
-    assert plan.returncode == 0 and "bytes" in plan.stdout and not native.exists(), plan.stderr
-    import_hf(source, native, "minimax_m1", log=quiet)
-    done = run_tool("export", "--hf", out, *common, "--max-shard-size", "20KB", "--tokenizer", tokenizer)
-    assert done.returncode == 0 and (out / "tokenizer.json").exists(), done.stderr
+    code, output, _ = tool("import", "--hf", source, *common, "--plan")
+    assert code == 0 and "bytes" in output and not native.exists()
+    assert tool("import", "--hf", source, *common)[0] == 0
+    code, output, _ = tool("export", "--hf", out, *common, "--plan")
+    assert code == 0 and "bytes" in output and not out.exists()
+    assert tool("export", "--hf", out, *common, "--max-shard-size", "20KB", "--tokenizer", tokenizer)[0] == 0
+    assert (out / "tokenizer.json").exists()
+    code, output, _ = tool("verify", "--hf", out, *common)
+    assert code == 0 and " 0 differences" in output
     file = sorted(out.glob("*.safetensors"))[2]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    different = run_tool("verify", "--hf", out, *common)
-    assert different.returncode == 1 and file.name in different.stdout and ", 1 differences" in different.stdout
-    refused = run_tool("verify", "--hf", tmp_path / "nowhere", *common)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and "Traceback" not in refused.stderr
+    code, output, _ = tool("verify", "--hf", out, *common)
+    assert code == 1 and file.name in output and ", 1 differences" in output
+
+
+def test_command_line_as_a_process_ends_bad_input_with_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "tools/convert_checkpoint.py",
+        "import",
+        "--hf",
+        tmp_path / "no",
+        "--checkpoint",
+        tmp_path,
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
