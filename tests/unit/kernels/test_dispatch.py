@@ -1,0 +1,66 @@
+import logging
+
+import pytest
+import torch
+from m1_kernels import dispatch, lightning_attention, slopes
+
+
+@pytest.fixture
+def qkv() -> list[torch.Tensor]:
+    return list(torch.randn(1, 5, 2, 12).split(4, dim=-1))
+
+
+def test_auto_logs_its_choice_once(qkv: list[torch.Tensor], caplog: pytest.LogCaptureFixture) -> None:
+    dispatch._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="m1_kernels"):
+        for _ in range(3):
+            lightning_attention(*qkv, slopes(2, 0, 8))
+    assert [r.getMessage() for r in caplog.records] == [
+        "lightning_attention on cpu: torch (chunked batched matmuls, the only differentiable implementation built in)"
+    ]
+
+
+def test_named_implementations_agree(qkv: list[torch.Tensor]) -> None:
+    chunked, reference = (
+        lightning_attention(*qkv, slopes(2, 0, 8), implementation=name) for name in ("torch", "reference")
+    )
+    torch.testing.assert_close(chunked, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_implementation_names_the_known_ones(qkv: list[torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"'triton' is not available; use one of auto, torch, reference"):
+        lightning_attention(*qkv, slopes(2, 0, 8), implementation="triton")
+
+
+def test_an_implementation_that_cannot_run_says_why(qkv: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = dispatch.Implementation(run=lambda *_: None, obstacle=lambda q: "it needs CUDA", why="fastest")
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "blocked", blocked)
+    with pytest.raises(ValueError, match=r"cannot run: it needs CUDA; implementation='auto' picks another"):
+        lightning_attention(*qkv, slopes(2, 0, 8), implementation="blocked")
+    monkeypatch.delitem(dispatch.IMPLEMENTATIONS, "torch")
+    with pytest.raises(ValueError, match=r"found none for .*blocked: it needs CUDA"):
+        lightning_attention(*qkv, slopes(2, 0, 8))
+
+
+def test_wrong_inputs_are_refused_with_a_remedy(qkv: list[torch.Tensor]) -> None:
+    q, k, v = qkv
+    decay = slopes(2, 0, 8)
+    state = torch.zeros(1, 2, 4, 4)
+    pack = torch.tensor([0, 5], dtype=torch.int32)
+    two = [x.expand(2, -1, -1, -1) for x in qkv]
+    refused = [
+        ((q, k[:, :3], v, decay), {}, "must share one shape"),
+        ((q, k.half(), v, decay), {}, "must share one dtype"),
+        ((q, k, v, decay.bfloat16()), {}, "must be float32"),
+        ((q, k, v, decay[:1]), {}, r"must be float32 \[2\]"),
+        ((q, k, v, decay), {"initial_state": state.bfloat16()}, "never below float32"),
+        ((q, k, v, decay), {"initial_state": state.expand(2, -1, -1, -1)}, "one state per document"),
+        ((*two, decay), {"cu_seqlens": pack}, "concatenate the rows"),
+        ((q, k, v, decay), {"cu_seqlens": pack.float()}, "must be int32"),
+        ((q, k, v, decay), {"cu_seqlens": pack + 1}, "must start at 0"),
+        ((q, k, v, decay), {"cu_seqlens": pack * 2}, "end at or before T=5"),
+        ((q, k, v, decay), {"cu_seqlens": torch.tensor([0, 4, 3, 5])}, "never fall"),
+    ]
+    for arguments, options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            lightning_attention(*arguments, **options)
