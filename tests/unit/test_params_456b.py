@@ -2,17 +2,52 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_m1.checkpoint.names import hf_tensors, native_layout, native_tensors
-from megatron_m1.config.schema import ModelConfig
+from megatron_m1.config.load import from_yaml
+from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig
+from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
+from megatron_m1.model.build import build_model, sharded_parameters
+from megatron_m1.parallel import destroy_groups, init_groups
 
 PARAMETERS = 456_089_655_296
+PRESET = Path(__file__).parents[2] / "examples" / "configs" / "m1_456b.yaml"
 
 
-def test_hugging_face_tensors():
-    shapes = hf_tensors(ModelConfig(), "minimax_m1")
+@pytest.fixture
+def preset() -> Config:
+    return from_yaml(PRESET)
+
+
+@pytest.fixture
+def groups() -> Iterator[ProcessGroupCollection]:
+    init_distributed(timeout_s=60)
+    yield init_groups(ParallelConfig(), seed=0)
+    destroy_groups()
+    shutdown_distributed()
+
+
+def test_the_model_on_the_meta_device_has_the_tensors_of_the_table(groups, preset):
+    config = replace(preset, parallel=ParallelConfig(), training=replace(preset.training, recompute="none"))
+    models = build_model(config, groups, device=torch.device("meta"))
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    assert sum(parameter.numel() for parameter in parameters) == PARAMETERS
+    allocated = {parameter.shape for parameter in parameters if parameter.device.type != "meta"}
+    assert allocated <= {(32, 6144)}  # core's router names its device itself
+    found = {name: (tuple(t.global_shape), t.dtype) for name, t in sharded_parameters(models).items()}
+    assert found == native_tensors(preset.model, torch.bfloat16)
+
+
+def test_hugging_face_tensors(preset):
+    shapes = hf_tensors(preset.model, "minimax_m1")
+    assert shapes == hf_tensors(ModelConfig(), "minimax_m1")
     assert len(shapes) == 8243
     assert sum(math.prod(shape) for shape in shapes.values()) == PARAMETERS
     kinds = Counter(
