@@ -16,6 +16,7 @@ from megatron_m1.platform.packages import Backends, doctor_report, probe
 __all__ = [
     "Backends",
     "device",
+    "device_name",
     "distributed_backend",
     "doctor_report",
     "is_cuda",
@@ -55,6 +56,11 @@ def is_cuda() -> bool:
 def device() -> torch.device:
     """The device of this rank: cpu, or cuda:LOCAL_RANK (cuda:0 without that variable)."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_cuda() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """The model name of this rank's device, such as `NVIDIA H200`; `cpu` on CPU."""
+    return torch.cuda.get_device_name(device()) if is_cuda() else "cpu"
 
 
 def select_device() -> None:

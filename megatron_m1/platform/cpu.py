@@ -209,7 +209,7 @@ class CpuEvent:
     """Stands for a CUDA event; `record` notes the wall clock so that `elapsed_time` (ms) is real."""
 
     def __init__(self, enable_timing=False, blocking=False, interprocess=False, external=False):
-        self.recorded_s: float | None = None
+        self.recorded_s = float("nan")
 
     def record(self, stream=None) -> None:
         self.recorded_s = time.perf_counter()

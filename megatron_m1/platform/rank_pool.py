@@ -25,6 +25,7 @@ from megatron_m1.config.errors import ConfigError
 
 __all__ = ["RankError", "RankPool"]
 
+START_S = 240.0  # for the imports, on a busy machine
 CLOSE_S = 5.0  # for a rank to end by itself
 GATHER_S = 0.5  # after a first failure, for the reports of the other ranks
 PRELOAD = "megatron_m1.platform.rank_preload"
@@ -39,6 +40,9 @@ class _Worker:
     process: multiprocessing.process.BaseProcess
     pipe: multiprocessing.connection.Connection
     stacks: Path
+
+    def alive(self) -> bool:
+        return self.process.is_alive()
 
 
 class RankPool:
@@ -83,7 +87,7 @@ class RankPool:
             raise ConfigError(f"world={world} must lie between 1 and the pool's size={self.size}")
         self._calls += 1
         rendezvous = self._folder / f"store_{self._calls}"
-        workers = [self._ready_worker(rank) for rank in range(world)]
+        workers = self._ready_workers(world)
         for rank, worker in enumerate(workers):
             task = (list(sys.path), str(rendezvous), rank, world, timeout_s)
             worker.pipe.send_bytes(pickle.dumps(task))
@@ -107,18 +111,30 @@ class RankPool:
         shutil.rmtree(self._folder, ignore_errors=True)
         atexit.unregister(self.close)
 
-    def _ready_worker(self, rank: int) -> _Worker:
-        worker = self._workers[rank]
-        if worker is not None and worker.process.is_alive():
-            return worker
+    def _ready_workers(self, world: int) -> list[_Worker]:
+        """The first `world` workers; those that are missing are started, which does not count as time of the call."""
+        missing = [rank for rank in range(world) if (worker := self._workers[rank]) is None or not worker.alive()]
+        for rank in missing:
+            self._workers[rank] = self._start(rank)
+        workers = [worker for worker in self._workers[:world] if worker is not None]
+        for rank in missing:
+            try:
+                started = workers[rank].pipe.poll(START_S) and workers[rank].pipe.recv_bytes()
+            except (EOFError, ConnectionError):
+                started = None
+            if not started:
+                for failed in missing:
+                    self._discard(failed)
+                raise RankError(f"rank {rank} did not start within {START_S} s; its standard error may say why")
+        return workers
+
+    def _start(self, rank: int) -> _Worker:
         pipe, remote = self._context.Pipe()
-        self._folder.mkdir(exist_ok=True)
         stacks = self._folder / f"stacks_{rank}"
         process = self._context.Process(target=_serve, args=(remote, str(stacks)), name=f"rank {rank}")
         process.start()
         remote.close()
-        self._workers[rank] = _Worker(process, pipe, stacks)
-        return self._workers[rank]
+        return _Worker(process, pipe, stacks)
 
     def _collect(self, workers: list[_Worker], timeout_s: float) -> tuple[dict[int, Any], list[str]]:
         """Results by rank, and what went wrong."""
@@ -128,7 +144,8 @@ class RankPool:
         raised: list[str] = []
         deadline = time.monotonic() + timeout_s
         while waiting and (remaining_s := deadline - time.monotonic()) > 0:
-            for pipe in multiprocessing.connection.wait(list(waiting), timeout=remaining_s):
+            ready = multiprocessing.connection.wait(list(waiting), timeout=remaining_s)
+            for pipe in [pipe for pipe in waiting if pipe in ready]:
                 rank = waiting.pop(pipe)
                 try:
                     ok, payload = pickle.loads(pipe.recv_bytes())
@@ -159,6 +176,7 @@ class RankPool:
 
 def _stacks(worker: _Worker) -> str:
     """Python stacks of all threads of a worker that is still alive."""
+    assert worker.process.pid is not None, "the process has been started"
     os.kill(worker.process.pid, signal.SIGUSR1)
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline and not worker.stacks.read_text():
@@ -174,6 +192,7 @@ def _serve(pipe: multiprocessing.connection.Connection, stacks: str) -> None:
         import torch
 
         torch.set_num_threads(1)
+        pipe.send_bytes(b"ready")
         while True:
             try:
                 path, rendezvous, rank, world, timeout_s = pickle.loads(pipe.recv_bytes())
