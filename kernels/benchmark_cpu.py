@@ -44,7 +44,7 @@ def table_row(batch: int, tokens: int, heads: int, dim: int, rate: float, repeat
     qkv = torch.randn(batch, tokens, heads, 3 * dim)
     tables = block_tables(decay)
     chunked = time_both(lambda q, k, v: lightning_attention(q, k, v, decay), qkv, repeats)
-    loop = time_both(lambda q, k, v: block_loop(q, k, v, *tables), qkv, repeats)
+    loop = time_both(lambda q, k, v: block_loop(q, k, v, tables), qkv, repeats)
     softmax = time_both(lambda q, k, v: softmax_attention(q, k, v, scale=dim**-0.5), qkv, repeats)
     forward = batch * tokens * heads * (4 * CHUNK * dim + 4 * dim**2) / 1e9
     both = batch * tokens * heads * (16 * CHUNK * dim + 14 * dim**2) / 1e9
@@ -102,8 +102,9 @@ def block_tables(decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return torch.exp(-rate * position[:, None]), torch.exp(-rate * (BLOCK - position[:, None])), pairs, rate
 
 
-def block_loop(q, k, v, query_decay, key_decay, pair_decay, rate) -> torch.Tensor:
-    """The peer: a Python loop over blocks of 256 tokens in plain autograd, o [B, T, H, D]."""
+def block_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The peer: a Python loop over blocks of 256 tokens in plain autograd, o [B, T, H, D]; tables: `block_tables`."""
+    query_decay, key_decay, pair_decay, rate = tables
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     state = q.new_zeros(*q.shape[:2], q.shape[-1], q.shape[-1])
     outputs = []
