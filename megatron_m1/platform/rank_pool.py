@@ -21,7 +21,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.platform import distributed_backend, is_cuda
 
 __all__ = ["RankError", "RankPool"]
 
@@ -58,8 +61,6 @@ class RankPool:
     def __init__(self, size: int):
         if size < 1:
             raise ConfigError(f"size={size} of a RankPool must be at least 1")
-        from megatron_m1.platform import is_cuda
-
         self.size = size
         self._workers: list[_Worker | None] = [None] * size
         self._folder = Path(tempfile.mkdtemp(prefix="ranks_"))
@@ -85,6 +86,11 @@ class RankPool:
         world = self.size if world is None else world
         if not 1 <= world <= self.size:
             raise ConfigError(f"world={world} must lie between 1 and the pool's size={self.size}")
+        gpus = torch.cuda.device_count()
+        if is_cuda() and world > gpus:
+            raise ConfigError(
+                f"world={world} needs as many GPUs, found {gpus}; set CUDA_VISIBLE_DEVICES= (empty) to run all on CPU"
+            )
         self._calls += 1
         rendezvous = self._folder / f"store_{self._calls}"
         workers = self._ready_workers(world)
@@ -189,8 +195,6 @@ def _serve(pipe: multiprocessing.connection.Connection, stacks: str) -> None:
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         importlib.import_module(PRELOAD)
-        import torch
-
         torch.set_num_threads(1)
         pipe.send_bytes(b"ready")
         while True:
@@ -209,8 +213,6 @@ def _serve(pipe: multiprocessing.connection.Connection, stacks: str) -> None:
 
 def _run_task(payload: bytes, rendezvous: str, rank: int, world: int, timeout_s: float) -> bytes:
     import torch.distributed as dist
-
-    from megatron_m1.platform import distributed_backend
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     if "lo" in (name for _, name in socket.if_nameindex()):

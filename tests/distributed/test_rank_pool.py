@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_m1.config.errors import ConfigError
+from megatron_m1.platform import rank_pool as rank_pool_module
 from megatron_m1.platform.rank_pool import RankError
 
 
@@ -89,3 +91,15 @@ def test_a_result_that_cannot_be_pickled(ranks):
     with pytest.raises(RankError, match="pickle"):
         ranks(1, returns_what_cannot_travel, timeout_s=30)
     works(ranks)
+
+
+def test_more_ranks_than_the_pool_holds(rank_pool):
+    with pytest.raises(ConfigError, match="world=9 must lie between 1 and the pool's size=8"):
+        rank_pool.run(add_ranks, (0,), world=9)
+
+
+def test_more_ranks_than_gpus(rank_pool, monkeypatch):
+    monkeypatch.setattr(rank_pool_module, "is_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"world=2 needs as many GPUs, found 1; set CUDA_VISIBLE_DEVICES="):
+        rank_pool.run(add_ranks, (0,), world=2)
