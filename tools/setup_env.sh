@@ -47,9 +47,10 @@ setup_env() {
     digest="$(requirements_digest "$PYTHON")" || return 1
     if [[ "$(cat .venv/.m1_installed 2>/dev/null)" != "$digest" ]]; then
         echo "installing the pinned requirements into .venv (about 5 GB and a few minutes the first time)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --requirement requirements.txt || return 1
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable . ||
-            return 1
+        # -qq leaves errors only; bytecode is made when a module is first imported.
+        local install=("$PYTHON" -m pip install -qq --disable-pip-version-check --no-compile)
+        "${install[@]}" --requirement requirements.txt || return 1
+        "${install[@]}" --no-deps --no-build-isolation --editable . || return 1
         echo "$digest" >.venv/.m1_installed
     fi
     PATH="$PWD/.venv/bin:$PATH"

@@ -34,7 +34,7 @@ def test_cosine_at_a_quarter():
 
 def test_m1_holds_a_third_then_decays():
     """2.5T tokens at 8e-5, then 5T down to 8e-6 (MiniMax-M1 report, section 2)."""
-    schedule = dict(kind="constant_decay", constant_steps=2500, decay_style="exponential")
+    schedule = {"kind": "constant_decay", "constant_steps": 2500, "decay_style": "exponential"}
     got = rates([0, 2499, 2500, 5000, 7500], 7500, **schedule)
     assert got == pytest.approx([PEAK, PEAK, PEAK, math.sqrt(PEAK * FLOOR), FLOOR])
     assert rates([3000, 3500], 7500, decay_steps=1000, **schedule) == pytest.approx([math.sqrt(PEAK * FLOOR), FLOOR])
