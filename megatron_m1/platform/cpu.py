@@ -6,11 +6,13 @@ no torch call becomes slower:
 1. `LITERALS`: string constants such as device='cuda' are exchanged in the module's compiled code.
 2. Every core module sees a copy of the torch namespace whose `torch.cuda` speaks of the CPU (`_torch_for_core`).
 3. `FIXES`: single functions that need more than that.
+4. `UNCOMPILED`: modules that use torch.compile as they are imported are imported without it.
 
 `Tensor.cuda`, which can only raise without CUDA, returns the tensor itself (a copy where a memory format is asked for).
 Line numbers are those of the 0.19.2 wheel; tests/unit/platform fails when one of them no longer holds.
 """
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -25,7 +27,7 @@ import torch
 
 from megatron_m1.config.errors import ConfigError
 
-__all__ = ["CORE_VERSION", "FIXES", "LITERALS", "NO_TE_FIXES", "install"]
+__all__ = ["CORE_VERSION", "FIXES", "LITERALS", "NO_TE_FIXES", "UNCOMPILED", "install"]
 
 CORE_VERSION = "0.19.2"
 
@@ -53,6 +55,10 @@ LITERALS: dict[str, tuple[dict[str, str], tuple[int, ...]]] = {
     "transformer.utils": (DEVICE, (39, 44)),
     "utils": (DEVICE, (1332,)),
 }
+
+# router.py:918 decorates a method that only inference uses with torch.compile, and that loads Dynamo and Inductor: 4 s of
+# CPU time in every process, almost half of its start.
+UNCOMPILED = {"transformer.moe.router"}
 
 
 def install(*, without_cuda: bool, without_te: bool) -> None:
@@ -122,11 +128,24 @@ class _CoreLoader(importlib.machinery.SourceFileLoader):
         return exchanged
 
     def exec_module(self, module):
-        super().exec_module(module)
+        short = module.__name__.removeprefix("megatron.core.")
+        with _no_compile() if self.without_cuda and short in UNCOMPILED else contextlib.nullcontext():
+            super().exec_module(module)
         if self.without_cuda and module.__dict__.get("torch") is torch:
             module.torch = _torch_for_core()
         for fix in self.fixes:
             fix(module)
+
+
+@contextlib.contextmanager
+def _no_compile():
+    """Meanwhile `@torch.compile` leaves functions as they are."""
+    upstream = torch.compile
+    torch.compile = lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = upstream
 
 
 def exchange_constants(code: types.CodeType, table: dict[str, str]) -> types.CodeType:
@@ -334,9 +353,26 @@ def _uneven_collectives(mappings: types.ModuleType) -> None:
     )
 
 
+def _nothing_to_exchange_alone(param_and_grad_buffer: types.ModuleType) -> None:
+    """distributed/param_and_grad_buffer.py:515,712: in a data-parallel group of one rank the shard is the buffer itself;
+    NCCL then does nothing, gloo copies every gradient and weight there and back."""
+
+    def skipping(collective):
+        def run(output, tensor, *args, group, async_op=False, **options):
+            if group.size() == 1 and not async_op and output.data_ptr() == tensor.data_ptr():
+                return None
+            return collective(output, tensor, *args, group=group, async_op=async_op, **options)
+
+        return run
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, skipping(getattr(param_and_grad_buffer, name)))
+
+
 NO_TE_FIXES: dict[str, tuple[Callable, ...]] = {"tensor_parallel.random": (_recompute_without_fp8,)}
 FIXES: dict[str, tuple[Callable, ...]] = {
     "dist_checkpointing.strategies.async_utils": (_async_worker_without_device,),
+    "distributed.param_and_grad_buffer": (_nothing_to_exchange_alone,),
     "jit": (_no_compiler,),
     "models.common.embeddings.rope_utils": (_no_pinned_memory,),
     "tensor_parallel.mappings": (_uneven_collectives,),
