@@ -25,7 +25,9 @@ class MicroBatch:
     @classmethod
     def from_dict(cls, batch: dict[str, Any], device: torch.device) -> "MicroBatch":
         """From the data floor's dict (tensors [b, T], optionally cu_seqlens int32 [S+1] over the b*T tokens, padding_mask)."""
-        tensors = {key: batch[key].to(device, non_blocking=True) for key in ("tokens", "labels", "loss_mask", "position_ids")}
+        tensors = {
+            key: batch[key].to(device, non_blocking=True) for key in ("tokens", "labels", "loss_mask", "position_ids")
+        }
         padding = batch.get("padding_mask")
         if padding is not None:
             tensors["padding_mask"] = padding.to(device, non_blocking=True)

@@ -94,7 +94,9 @@ def equality_config(parallel: dict[str, Any], training: dict[str, Any], *, preci
             layernorm_full_attention_beta=1.1,
             layernorm_mlp_beta=0.8,
         ),
-        moe=MoEConfig(aux_loss="micro_batch", aux_loss_coefficient=0.02, z_loss_coefficient=1e-3, dispatcher=dispatcher),
+        moe=MoEConfig(
+            aux_loss="micro_batch", aux_loss_coefficient=0.02, z_loss_coefficient=1e-3, dispatcher=dispatcher
+        ),
         parallel=ParallelConfig(**parallel),
         training=replace(
             TrainingConfig(steps=STEPS, seed=7, micro_batch=2, global_batch=8, seq_length=32, precision=precision),  # type: ignore[arg-type]
@@ -113,7 +115,11 @@ def equality_batches(config: Config, step: int) -> list[dict[str, Any]]:
     for index in range(training.global_batch // rows):
         generator = torch.Generator().manual_seed(1000 * step + index)
         ids = torch.randint(0, vocab, (rows, length + 1), generator=generator)
-        cuts = [0, *sorted({int(c) for c in torch.randint(1, rows * length, (3,), generator=generator)} | {length}), rows * length]
+        cuts = [
+            0,
+            *sorted({int(c) for c in torch.randint(1, rows * length, (3,), generator=generator)} | {length}),
+            rows * length,
+        ]
         positions = torch.cat([torch.arange(end - start) for start, end in zip(cuts, cuts[1:], strict=False)])
         mask = (torch.rand(rows, length, generator=generator) < 0.3 + 0.2 * index).float()
         padding = torch.zeros(rows, length, dtype=torch.bool)

@@ -18,7 +18,9 @@ def main(argv: list[str]) -> int:
     from megatron_m1.engine.equality import LAYOUTS, compare, equality_config, run_layout
 
     parser = argparse.ArgumentParser(prog="python -m megatron_m1 equality", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=4, help="largest world size; larger layouts are left out (and named)")
+    parser.add_argument(
+        "--ranks", type=int, default=4, help="largest world size; larger layouts are left out (and named)"
+    )
     parser.add_argument("--only", default="", help="only layouts whose name contains this")
     options = parser.parse_args(argv)
     print(f"relative to one rank, fp32, 5 optimizer steps; bound {BOUND:g}; per tensor ||a-b||/||b||")

@@ -36,7 +36,11 @@ class MetricsLog:
                 self.writer = SummaryWriter(str(folder))
         if sys.stdout.isatty():
             self.progress = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                transient=True,
             )
             self.task = self.progress.add_task("training", total=steps)
             self.progress.start()

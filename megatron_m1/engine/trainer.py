@@ -153,7 +153,9 @@ class Trainer:
                 dist.all_reduce(router.weight.main_grad, group=self.groups.tp)
 
     def _global_tokens(self, micro_batches: Iterable[dict[str, Any]]) -> int:
-        count = torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches]).sum().to(self.device)
+        count = (
+            torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches]).sum().to(self.device)
+        )
         dist.all_reduce(count, group=self.groups.dp_cp)
         return int(count.item())
 

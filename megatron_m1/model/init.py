@@ -32,7 +32,9 @@ def initialize(parameters: dict[str, ShardedTensor], model: ModelConfig, *, seed
         if name.endswith("experts.fc1") or name.endswith("experts.fc2"):
             _fill_experts(local, name, sharded.global_shape, window, model, seed)
         else:
-            full = torch.cat([_matrix(part, shape, model, seed) for part, shape in _parts(name, sharded.global_shape, model)])
+            full = torch.cat(
+                [_matrix(part, shape, model, seed) for part, shape in _parts(name, sharded.global_shape, model)]
+            )
             if _is_grouped(name, model):
                 full = _group_qkv(full, model)
             local.copy_(full[window])

@@ -20,7 +20,13 @@ __all__ = ["LightningAttention", "column_linear", "row_linear"]
 def column_linear(config: M1TransformerConfig, inputs: int, outputs: int, group: Any) -> ColumnParallelLinear:
     """Bias-free linear whose output channels are spread over `group`."""
     return ColumnParallelLinear(
-        inputs, outputs, config=config, init_method=torch.nn.init.zeros_, bias=False, gather_output=False, tp_group=group
+        inputs,
+        outputs,
+        config=config,
+        init_method=torch.nn.init.zeros_,
+        bias=False,
+        gather_output=False,
+        tp_group=group,
     )
 
 

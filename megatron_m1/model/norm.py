@@ -37,7 +37,9 @@ class TensorParallelRMSNorm(nn.Module):
     (fp32, [..., 1]) over `group`, one more of its gradient in the backward pass.  Source: model.md, lightning output norm.
     """
 
-    def __init__(self, config: TransformerConfig, channels: int, eps: float, group: torch.distributed.ProcessGroup) -> None:
+    def __init__(
+        self, config: TransformerConfig, channels: int, eps: float, group: torch.distributed.ProcessGroup
+    ) -> None:
         super().__init__()
         self.channels, self.eps, self.group = channels, eps, group
         self.weight = nn.Parameter(torch.ones(channels // group.size(), dtype=config.params_dtype))

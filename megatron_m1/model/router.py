@@ -25,9 +25,7 @@ class _AddToLoss(torch.autograd.Function):
         return grad, torch.ones((), dtype=torch.float32, device=grad.device)
 
 
-def load_balancing_loss(
-    probabilities: Tensor, counts: Tensor, tokens: Tensor, *, top_k: int, form: str
-) -> Tensor:
+def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: Tensor, *, top_k: int, form: str) -> Tensor:
     """Balance loss of one layer, scalar fp32, before its coefficient.
 
     probabilities: [n, E] fp32, full softmax of this rank's tokens (zero rows where a token is padding).
@@ -53,7 +51,12 @@ class M1Router(TopKRouter):
     """
 
     def __init__(
-        self, *, moe: MoEConfig, config: M1TransformerConfig, pg_collection: ProcessGroupCollection, is_mtp_layer: bool = False
+        self,
+        *,
+        moe: MoEConfig,
+        config: M1TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        is_mtp_layer: bool = False,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.moe = moe

@@ -66,7 +66,10 @@ def train(config: Config) -> None:
             log.event({"event": "evaluation", "step": first, "valid_loss": evaluation.loss(trainer)})
         for step in range(first, training.steps):
             started = time.perf_counter()
-            global_batch, lr = global_batch_at(step, training), learning_rate(step, config.schedule, config.optimizer, training.steps)
+            global_batch, lr = (
+                global_batch_at(step, training),
+                learning_rate(step, config.schedule, config.optimizer, training.steps),
+            )
             share = batches.step(
                 consumed_samples(step, training), global_batch, training.micro_batch, groups.dp.rank(), groups.dp.size()
             )

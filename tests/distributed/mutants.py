@@ -103,7 +103,9 @@ def slopes_of_the_first_heads() -> Iterator[None]:
     def mutant(self, config, layer_number, pg_collection, **options):
         plain(self, config, layer_number, pg_collection, **options)
         m1 = config.m1
-        self.slopes = lightning.slopes(m1.num_attention_heads, layer_number - 1, m1.num_hidden_layers)[: self.local_heads]
+        self.slopes = lightning.slopes(m1.num_attention_heads, layer_number - 1, m1.num_hidden_layers)[
+            : self.local_heads
+        ]
 
     with patch.object(lightning.LightningAttention, "__init__", mutant):
         yield
@@ -138,7 +140,9 @@ def experts_counted_on_the_first_tensor_rank() -> Iterator[None]:
 @contextlib.contextmanager
 def gate_gradient_of_one_shard() -> Iterator[None]:
     """Without sequence parallelism nobody sums the parts of the gate's gradient."""
-    with patch.object(trainer_module, "routers", lambda models: [] if hasattr(models[0], "ddp_config") else build.routers(models)):
+    with patch.object(
+        trainer_module, "routers", lambda models: [] if hasattr(models[0], "ddp_config") else build.routers(models)
+    ):
         yield
 
 

@@ -29,7 +29,9 @@ def test_layout_equals_one_rank(name, ranks, reference):
 def test_mutant_is_noticed(mutant, ranks, reference):
     world, parallel, training = LAYOUTS[MUTANTS[mutant]]
     steps = len(reference.losses)
-    d = compare(reference, ranks(world, run_mutant, equality_config(parallel, training), mutant.__name__, steps, timeout_s=300))
+    d = compare(
+        reference, ranks(world, run_mutant, equality_config(parallel, training), mutant.__name__, steps, timeout_s=300)
+    )
     assert not max(d.loss, d.grad_norm, d.aux_loss, d.gradient, d.weight) <= BOUND, d
 
 
@@ -65,7 +67,8 @@ def _with_global_aux(parallel: dict, micro_batch: int):
 
 
 @pytest.mark.parametrize(
-    ("world", "parallel", "micro_batch"), [(2, {}, 1), (2, {"expert": 2}, 1), (4, {"tensor": 2}, 1), (2, {"pipeline": 2}, 2)]
+    ("world", "parallel", "micro_batch"),
+    [(2, {}, 1), (2, {"expert": 2}, 1), (4, {"tensor": 2}, 1), (2, {"pipeline": 2}, 2)],
 )
 def test_global_balance_statistics_span_what_runs_together(world, parallel, micro_batch, ranks):
     one = torch.tensor(ranks(1, _global_aux_steps, _with_global_aux({}, 2))[0])

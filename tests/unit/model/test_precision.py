@@ -49,7 +49,12 @@ def _weights(rank: int, world: int, parallel: dict) -> dict:
 
 def test_initial_weights_are_bitwise_those_of_one_rank(ranks):
     whole = ranks(1, _weights, {})[0]
-    for world, parallel in ((2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {"expert": 2}), (4, {"tensor": 2, "expert": 2, "expert_tensor": 1})):
+    for world, parallel in (
+        (2, {"tensor": 2}),
+        (2, {"pipeline": 2}),
+        (2, {"expert": 2}),
+        (4, {"tensor": 2, "expert": 2, "expert_tensor": 1}),
+    ):
         for shards in ranks(world, _weights, parallel):
             for name, (local, offset) in shards.items():
                 window = tuple(slice(o, o + n) for o, n in zip(offset, local.shape, strict=True))
