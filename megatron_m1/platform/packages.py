@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass, fields
 
 import torch
+from m1_kernels.dispatch import IMPLEMENTATIONS
 
 __all__ = ["Backends", "Package", "doctor_report", "probe"]
 
@@ -103,16 +104,24 @@ def _choices(found: Backends, *, cuda: bool) -> list[tuple[str, str]]:
     else:
         adam = "megatron_m1's AdamW on torch's fused kernel (no Transformer Engine, no Apex)"
     patches = "none (CUDA is present)" if cuda else "megatron_m1/platform/cpu.py (no CUDA)"
-    lightning = "Triton kernels" if cuda and found.triton.present else "chunked torch (the Triton kernels need a GPU)"
     return [
         ("device", "cuda:LOCAL_RANK" if cuda else "cpu (no CUDA device)"),
         ("collectives", "nccl (CUDA)" if cuda else "gloo (no CUDA)"),
         ("megatron patches", patches),
-        ("lightning attention", lightning),
+        ("lightning attention", _lightning("cuda" if cuda else "cpu")),
         ("experts", "torch grouped_mm" if found.grouped_mm.present else f"none: {found.grouped_mm.reason}"),
         ("AdamW", adam),
         ("C++ compiler", shutil.which("c++") or shutil.which("g++") or "none found; not needed"),
     ]
+
+
+def _lightning(device: str) -> str:
+    """What implementation="auto" of m1_kernels.lightning_attention takes here."""
+    q = torch.empty(1, 64, 1, 128, dtype=torch.bfloat16, device=device)
+    for name, implementation in IMPLEMENTATIONS.items():
+        if implementation.why is not None and implementation.obstacle(q) is None:
+            return f"{name} ({implementation.why})"
+    return "none can run here"
 
 
 def _version(name: str) -> str:

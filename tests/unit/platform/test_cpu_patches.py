@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -67,6 +68,7 @@ UPSTREAM_LINES = [
     ),
     ("tensor_parallel.random", 739, "def __init__(self, fp8=False):"),
     ("tensor_parallel.random", 740, "self.fp8 = fp8 is not None"),
+    ("transformer.moe.router", 918, "@torch.compile"),
     ("transformer.moe.moe_utils", 1184, "if torch.is_tensor(tensor) and tensor.is_cuda:"),
     ("transformer.moe.token_dispatcher", 39, "maybe_move_tensor_to_cpu,"),
     (
@@ -150,6 +152,15 @@ def test_torch_itself_is_untouched():
         torch.cuda.current_device()
     with pytest.raises((RuntimeError, AssertionError, TypeError)):
         torch.zeros(1, device="cuda")
+
+
+def test_importing_core_does_not_load_the_compiler():
+    script = (
+        "import sys; from megatron_m1 import platform; platform.setup(); import megatron.core, torch; "
+        "print('torch._dynamo' in sys.modules, 'torch._inductor.compile_fx' in sys.modules, torch.compile.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert done.stdout.split() == ["False", "False", "torch"], done.stderr
 
 
 def test_attributes_that_torch_loads_later_are_found():

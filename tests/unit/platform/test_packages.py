@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from m1_kernels.dispatch import Implementation
 
 from megatron_m1 import platform
 from megatron_m1.platform import packages
@@ -82,3 +83,15 @@ def test_peak_memory_is_in_bytes_and_grows():
     before = platform.peak_memory_bytes()
     held = torch.ones(before // 4 + 2**26)  # 4 bytes each
     assert 2**26 < before < platform.peak_memory_bytes() <= before + 2 * held.nbytes
+
+
+def test_doctor_names_what_the_kernel_dispatch_would_take(monkeypatch):
+    obstacles = {"cpu": None, "meta": "needs a real device"}
+    table = {
+        "silent": Implementation(run=None, obstacle=lambda q: None, why=None),
+        "blocked": Implementation(run=None, obstacle=lambda q: "needs a moon", why="fastest"),
+        "taken": Implementation(run=None, obstacle=lambda q: obstacles[q.device.type], why="second best"),
+    }
+    monkeypatch.setattr(packages, "IMPLEMENTATIONS", table)
+    assert packages._lightning("cpu") == "taken (second best)"
+    assert packages._lightning("meta") == "none can run here"
