@@ -15,7 +15,8 @@ Batch = dict[str, torch.Tensor | int]
 
 
 class Dataset(Protocol):
-    windows: int | None
+    @property
+    def windows(self) -> int | None: ...
 
     def __getitem__(self, index: int) -> Sample: ...
 

@@ -1,6 +1,7 @@
 """Does every parallel layout give the numbers of one rank? `run_layout` on each rank, `compare` on what they return."""
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,7 +121,7 @@ def equality_batches(config: Config, step: int) -> list[dict[str, Any]]:
             *sorted({int(c) for c in torch.randint(1, rows * length, (3,), generator=generator)} | {length}),
             rows * length,
         ]
-        positions = torch.cat([torch.arange(end - start) for start, end in zip(cuts, cuts[1:], strict=False)])
+        positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(cuts)])
         mask = (torch.rand(rows, length, generator=generator) < 0.3 + 0.2 * index).float()
         padding = torch.zeros(rows, length, dtype=torch.bool)
         if index == 1:
@@ -135,7 +136,7 @@ def equality_batches(config: Config, step: int) -> list[dict[str, Any]]:
                 "loss_mask": mask,
                 "position_ids": positions.view(rows, length),
                 "cu_seqlens": torch.tensor(cuts, dtype=torch.int32),
-                "max_seqlen": max(b - a for a, b in zip(cuts, cuts[1:], strict=False)),
+                "max_seqlen": max(b - a for a, b in itertools.pairwise(cuts)),
                 "padding_mask": padding,
             }
         )

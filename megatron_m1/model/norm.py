@@ -61,6 +61,7 @@ class TensorParallelRMSNorm(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
+        assert metadata is not None, "core passes metadata with the data-parallel group"
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

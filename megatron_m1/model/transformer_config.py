@@ -1,5 +1,7 @@
 """Our configuration in Megatron-Core's terms: with `layer.py` the adapter that an upgrade of core touches."""
 
+from typing import Any
+
 import torch
 from megatron.core.transformer import TransformerConfig
 
@@ -18,7 +20,7 @@ def core_config(config: Config) -> M1TransformerConfig:
     """Core configuration for the model, its layout and its precision."""
     model, moe, parallel, training = config.model, config.moe, config.parallel, config.training
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
-    recompute = {
+    recompute: dict[str, Any] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)},
         "full": {

@@ -2,6 +2,7 @@
 
 import os
 import time
+from typing import Any
 
 import torch.distributed as dist
 
@@ -80,7 +81,7 @@ def train(config: Config) -> None:
             if observe:
                 stats.before_update()
             result = trainer.update(loss, tokens, lr=lr)
-            metrics = {
+            metrics: dict[str, Any] = {
                 "step": step + 1,
                 "loss": result.loss,
                 "grad_norm": result.grad_norm,
