@@ -3,12 +3,11 @@
 import json
 import math
 import os
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_m1.config.errors import ConfigError
@@ -20,6 +19,8 @@ SINGLE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 WRITE_BYTES = 1 << 28
+MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors library accepts."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Stored:
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int
+    """First byte in the file."""
 
 
 class HfReader:
@@ -36,7 +39,7 @@ class HfReader:
 
     tensors: name -> Stored.  Raises ConfigError naming tensor and file for a missing, truncated or unreadable shard, a
     tensor that the index promises and its file lacks, and a dtype other than bfloat16, float16 or float32. Nothing is
-    unpickled.
+    unpickled, and nothing mapped: resident memory is what `read` returns.
     """
 
     def __init__(self, folder: str | Path):
@@ -45,52 +48,69 @@ class HfReader:
             raise ConfigError(
                 f"--hf={self.folder} is no directory; name one that holds config.json and safetensors files."
             )
-        self.weight_map = read_weight_map(self.folder)
         self.tensors: dict[str, Stored] = {}
-        self._open_files: OrderedDict[str, safe_open] = OrderedDict()
-        self._read_headers()
+        headers: dict[str, Header] = {}
+        for name, file in read_weight_map(self.folder).items():
+            if file not in headers:
+                headers[file] = read_header(self.folder / file, f", which holds {name},")
+            if name not in headers[file].entries:
+                raise ConfigError(
+                    f"{name} is not in {self.folder / file}, where {INDEX} places it; fetch that file again."
+                )
+            self.tensors[name] = stored(name, file, headers[file], self.folder)
 
     def read(self, name: str) -> Tensor:
         """The tensor on the CPU, as stored."""
-        file = self.tensors[name].file
-        try:
-            return self._opened(file, name).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"{name} cannot be read from {self.folder / file}: {error}; fetch the file again."
-            ) from None
+        place = self.tensors[name]
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        with open(self.folder / place.file, "rb") as stream:
+            stream.seek(place.offset)
+            count = stream.readinto(buffer)
+        if count != len(buffer):
+            raise ConfigError(f"{name} cannot be read from {self.folder / place.file}: the file has become shorter.")
+        return tensor
 
-    def _read_headers(self) -> None:
-        for name, file in sorted(self.weight_map.items(), key=lambda item: item[1]):
-            handle = self._opened(file, name)
-            try:
-                header = handle.get_slice(name)
-            except SafetensorError:
-                raise ConfigError(
-                    f"{name} is not in {self.folder / file}, where {INDEX} places it; fetch that file again."
-                ) from None
-            code = header.get_dtype()
-            if code not in DTYPES:
-                raise ConfigError(
-                    f"{name} in {self.folder / file} has dtype {code}; convert it to BF16, F16 or F32 first."
-                )
-            self.tensors[name] = Stored(file, tuple(header.get_shape()), DTYPES[code])
 
-    def _opened(self, file: str, name: str) -> safe_open:
-        if file not in self._open_files:
-            path = self.folder / file
-            if not path.is_file():
-                raise ConfigError(f"{path}, which holds {name}, is missing; fetch it again.")
-            try:
-                self._open_files[file] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(
-                    f"{path}, which holds {name}, is damaged or truncated ({error}); fetch it again."
-                ) from None
-            if len(self._open_files) > 8:
-                self._open_files.popitem(last=False)
-        self._open_files.move_to_end(file)
-        return self._open_files[file]
+@dataclass(frozen=True)
+class Header:
+    """Header of one safetensors file. entries: name -> {dtype, shape, data_offsets}; data: offset of the data in the file."""
+
+    entries: dict[str, dict[str, Any]]
+    data: int
+
+
+def read_header(path: Path, holds: str) -> Header:
+    """The header, after checking that the file is as long as it says. holds: for the error, what the file is needed for."""
+    if not path.is_file():
+        raise ConfigError(f"{path}{holds} is missing; fetch it again.")
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if 8 + length > min(size, MAX_HEADER_BYTES):
+                raise ValueError(f"header of {length:,} bytes in a file of {size:,}")
+            entries = json.loads(stream.read(length))
+        entries.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"{size:,} bytes instead of {8 + length + end:,}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{path}{holds} is damaged or truncated ({error}); fetch it again.") from None
+    return Header(entries, 8 + length)
+
+
+def stored(name: str, file: str, header: Header, folder: Path) -> Stored:
+    entry = header.entries[name]
+    code = entry.get("dtype")
+    if code not in DTYPES:
+        raise ConfigError(f"{name} in {folder / file} has dtype {code}; convert it to BF16, F16 or F32 first.")
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if begin < 0 or end - begin != math.prod(shape) * DTYPES[code].itemsize:
+        raise ConfigError(
+            f"{name} in {folder / file} has {end - begin:,} bytes, not those of shape {shape}; fetch it again."
+        )
+    return Stored(file, shape, DTYPES[code], header.data + begin)
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
@@ -109,11 +129,7 @@ def read_weight_map(folder: Path) -> dict[str, str]:
                 raise ConfigError(f"{index} names {file!r}; only .safetensors files of the same folder are read.")
         return weight_map
     if single.is_file():
-        try:
-            with safe_open(single, framework="pt") as handle:
-                return dict.fromkeys(handle.keys(), SINGLE)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{single} is damaged or truncated ({error}); fetch it again.") from None
+        return dict.fromkeys(read_header(single, "").entries, SINGLE)
     raise ConfigError(
         f"{folder} holds neither {INDEX} nor {SINGLE}; pickled weights (.bin, .pt) are not read: convert them first."
     )

@@ -39,8 +39,6 @@ def test_the_model_on_the_meta_device_has_the_tensors_of_the_table(groups, prese
     models = build_model(config, groups, device=torch.device("meta"))
     parameters = [parameter for model in models for parameter in model.parameters()]
     assert sum(parameter.numel() for parameter in parameters) == PARAMETERS
-    allocated = {parameter.shape for parameter in parameters if parameter.device.type != "meta"}
-    assert allocated <= {(32, 6144)}  # core's router names its device itself
     found = {name: (tuple(t.global_shape), t.dtype) for name, t in sharded_parameters(models).items()}
     assert found == native_tensors(preset.model, torch.bfloat16)
 
