@@ -8,7 +8,12 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from megatron_m1 import platform
+from megatron_m1.checkpoint.folders import resolve
+from megatron_m1.checkpoint.manifest import read_metadata
 from megatron_m1.config import Config, ConfigError, from_yaml, load_config, validate_layout
 from megatron_m1.config.schema import MoEConfig, TrainingConfig
 from megatron_m1.data.tokenizer import Tokenizer
@@ -25,15 +30,15 @@ def main(argv: list[str]) -> None:
     """
     options, overrides = _parse(argv)
     platform.setup()
-    from megatron_m1.checkpoint.weights import load_weights, step_folder, stored_precision
+    from megatron_m1.checkpoint.native import load_checkpoint
     from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
+    from megatron_m1.engine.trainer import Trainer
     from megatron_m1.generation.engine import Sampling, generate
-    from megatron_m1.model.build import build_model
     from megatron_m1.parallel import destroy_groups, init_groups
 
-    step = step_folder(options.checkpoint)
+    step = _step_folder(options.checkpoint)
     trained = _trained_config(step)
-    config = _generation_config(trained, stored_precision(step), overrides)
+    config = _generation_config(trained, _stored_precision(step), overrides)
     tokenizer = _tokenizer(options.tokenizer, trained)
     limits = PromptLimits(config.model.vocab_size, config.model.max_position_embeddings - options.max_new_tokens)
     prompts = read_prompts(options.prompts, tokenizer, limits)
@@ -48,10 +53,10 @@ def main(argv: list[str]) -> None:
 
     init_distributed(config.parallel.timeout_s)
     groups = init_groups(config.parallel, seed=options.seed)
-    models = build_model(config, groups)
-    load_weights(step, models)
+    trainer = Trainer(config, groups, train=False)
+    load_checkpoint(trainer, config, path=step, weights_only=True)
     start = time.perf_counter()
-    completions = generate(models[0], groups, prompts, sampling, batch_size=options.batch_size)
+    completions = generate(trainer.models[0], groups, prompts, sampling, batch_size=options.batch_size)
     duration_s = time.perf_counter() - start
     if _is_first_rank():
         records: list[dict[str, Any]] = [
@@ -111,6 +116,23 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if option.startswith("-") and not option.startswith("--parallel."):
             parser.error(f"{option} is not an option")
     return options, overrides
+
+
+def _step_folder(checkpoint: Path) -> Path:
+    """The step folder that `checkpoint` is, or that its `latest` names."""
+    try:
+        return resolve(checkpoint)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("checkpoint.load", "--checkpoint")) from None
+
+
+def _stored_precision(step: Path) -> str:
+    """`fp32` or `bf16`: what the matrices in the step folder are stored in, whatever its config.yaml says."""
+    name = "embedding.word_embeddings.weight"
+    stored = read_metadata(step).state_dict_metadata.get(name)
+    if not isinstance(stored, TensorStorageMetadata):
+        raise ConfigError(f"{name} is not in {step}; use a checkpoint that training or an import has written.")
+    return "bf16" if stored.properties.dtype == torch.bfloat16 else "fp32"
 
 
 def _trained_config(step: Path) -> Config:
