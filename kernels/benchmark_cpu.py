@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from m1_kernels.chunked import CHUNK
+from m1_kernels.chunked import chunk_size
 from m1_kernels.dispatch import lightning_attention
 from m1_kernels.slopes import slopes as layer_slopes
 from m1_kernels.softmax import softmax_attention
@@ -46,8 +46,9 @@ def table_row(batch: int, tokens: int, heads: int, dim: int, rate: float, repeat
     chunked = time_both(lambda q, k, v: lightning_attention(q, k, v, decay), qkv, repeats)
     loop = time_both(lambda q, k, v: block_loop(q, k, v, tables), qkv, repeats)
     softmax = time_both(lambda q, k, v: softmax_attention(q, k, v, scale=dim**-0.5), qkv, repeats)
-    forward = batch * tokens * heads * (4 * CHUNK * dim + 4 * dim**2) / 1e9
-    both = batch * tokens * heads * (16 * CHUNK * dim + 14 * dim**2) / 1e9
+    chunk = chunk_size(dim)
+    forward = batch * tokens * heads * (4 * chunk * dim + 4 * dim**2) / 1e9
+    both = batch * tokens * heads * (16 * chunk * dim + 14 * dim**2) / 1e9
     speed = forward / chunked[0], both / chunked[1]
     cells = [
         "{:.2f} / {:.2f}".format(*(1e3 * t for t in chunked)),

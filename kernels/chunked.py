@@ -13,12 +13,11 @@ import torch
 from m1_kernels.grid import ChunkGrid, build_grid
 from torch.autograd.function import once_differentiable
 
-__all__ = ["lightning_attention_chunked"]
+__all__ = ["chunk_size", "lightning_attention_chunked"]
 
-CHUNK = 64
-# Elements of one [N, heads, C, C] intermediate. CPU: 1 MiB in float32: a few of them fit in the last-level cache and
+# Elements of one [N, heads, C, C] intermediate. CPU: 2 MiB in float32: a few of them fit in the last-level cache and
 # the allocator reuses them without page faults; CUDA: enough work for a launch.
-GROUP_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+GROUP_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 
 
 def lightning_attention_chunked(
@@ -36,9 +35,14 @@ def lightning_attention_chunked(
     Saves only its inputs for the backward. Time and memory are linear in T.
     """
     batch, tokens = q.shape[:2]
-    grid = build_grid(batch, tokens, cu_seqlens, CHUNK, q.device)
+    grid = build_grid(batch, tokens, cu_seqlens, chunk_size(q.shape[-1]), q.device)
     o, final_state = _Chunked.apply(q, k, v, slopes, initial_state, grid, return_final_state)
     return (o, final_state) if return_final_state else o
+
+
+def chunk_size(head_dim: int) -> int:
+    """Tokens of a chunk: products inside chunks grow with it, states shrink. Fastest on 2 cores in benchmark_cpu."""
+    return 32 if head_dim <= 32 else 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class _Decays:
     mask: torch.Tensor  # [heads, C, C]: e^{-s(i-j)} for j <= i, else 0
     query: torch.Tensor  # [heads, C, 1]: e^{-s(i+1)}
     key: torch.Tensor  # [1 or N, heads, C, 1]: e^{-s(len-1-j)}, 0 or finite beyond the length
-    chunk: torch.Tensor  # [1 or N, heads, 1, 1]: e^{-s len}
+    ranks: list[torch.Tensor]  # for the chunks of each rank, [1 or count, heads, 1, 1]: e^{-s len}
 
     @classmethod
     def of(cls, slopes: torch.Tensor, grid: ChunkGrid, dtype: torch.dtype) -> "_Decays":
@@ -58,11 +62,12 @@ class _Decays:
         distance = steps[:size, None] - steps[None, :size]
         lengths = grid.lengths if grid.lengths is not None else steps[size:]
         remaining = (lengths[:, None] - 1 - steps[None, :size]).clamp(min=0)
+        whole = table[:, lengths].t()[:, :, None, None].contiguous()
         return cls(
             mask=table[:, distance.clamp(min=0)].tril(),
             query=table[:, 1:, None],
             key=table[:, remaining].transpose(0, 1)[..., None].contiguous(),
-            chunk=table[:, lengths].t()[:, :, None, None].contiguous(),
+            ranks=list(whole.split(grid.counts)) if grid.lengths is not None else [whole] * len(grid.counts),
         )
 
 
@@ -121,7 +126,7 @@ def _forward_heads(q, k, v, decays, grid, initial, o, final_state) -> None:
     entered, left = _inter_chunk_ranges(grid, initial is not None, final_state is not None)
     if left:
         k[:left].mul_(decays.key[:left])
-        states = _states(k, v, initial, decays.chunk, grid, left)
+        states = _states(k, v, initial, decays, grid, left)
         if entered < grid.size:
             _add_bmm_(out[entered:], q[entered:].mul_(decays.query), grid.entry(states)[entered:])
         if final_state is not None:
@@ -141,11 +146,11 @@ def _backward_heads(q, k, v, do, decays, grid, initial, dfinal, grads, dinitial)
     if left:
         k[:left].mul_(decays.key[:left])
         do[entered:].mul_(decays.query)
-        dstates = _state_gradients(q, do, dfinal, decays.chunk, grid, entered)
+        dstates = _state_gradients(q, do, dfinal, decays, grid, entered)
         dexit = grid.exit(dstates)[:left]
         _add_bmm_(dv[:left], k[:left], dexit)
         if entered < grid.size:
-            states = _states(k, v, initial, decays.chunk, grid, left)
+            states = _states(k, v, initial, decays, grid, left)
             _add_bmm_(dq[entered:], do[entered:], grid.entry(states)[entered:].mT)
         _add_bmm_(dk[:left], v[:left].mul_(decays.key[:left]), dexit.mT)
         if dinitial is not None:
@@ -156,17 +161,17 @@ def _backward_heads(q, k, v, do, decays, grid, initial, dfinal, grads, dinitial)
 
 def _inter_chunk_ranges(grid: ChunkGrid, has_initial: bool, has_final: bool) -> tuple[int, int]:
     """(first chunk that a non-zero state enters, end of the chunks whose exit state anything uses)."""
-    if not grid.ranks:
+    if not grid.size:
         return 0, 0
-    entered = 0 if has_initial else grid.ranks[0][1]
-    left = grid.size if has_initial or has_final else grid.ranks[-1][0]
+    entered = 0 if has_initial else grid.counts[0]
+    left = grid.size if has_initial or has_final else grid.size - grid.counts[-1]
     return entered, left
 
 
-def _states(k, v, initial, decay, grid: ChunkGrid, left: int) -> torch.Tensor:
+def _states(k, v, initial, decays, grid: ChunkGrid, left: int) -> torch.Tensor:
     """States [R + N, h, D, D]: those entering the R documents, then those leaving each of the first `left` chunks.
 
-    k, v: [N, h, C, D], k already decayed to the end of its chunk; decay: [1 or N, h, 1, 1].
+    k, v: [N, h, C, D], k already decayed to the end of its chunk. States from `left` on are unspecified.
     """
     documents = len(grid.order)
     states = k.new_empty(documents + grid.size, k.shape[1], k.shape[3], v.shape[3])
@@ -175,18 +180,15 @@ def _states(k, v, initial, decay, grid: ChunkGrid, left: int) -> torch.Tensor:
     else:
         torch.index_select(initial, 0, grid.order, out=states[:documents])
     torch.bmm(k[:left].flatten(0, 1).mT, v[:left].flatten(0, 1), out=states[documents : documents + left].flatten(0, 1))
-    before = 0
-    for start, end in grid.ranks:
-        if start >= left:
-            break
-        if start or initial is not None:
-            leaving = states[documents + start : documents + end]
-            leaving.addcmul_(_rows(decay, start, end), states[before : before + end - start])
-        before = documents + start
+    blocks = states.split([documents, *grid.counts])
+    first, end = 0 if initial is not None else 1, len(grid.counts) if left == grid.size else len(grid.counts) - 1
+    for rank in range(first, end):
+        leaving = blocks[rank + 1]
+        leaving.addcmul_(decays.ranks[rank], _first(blocks[rank], len(leaving)))
     return states
 
 
-def _state_gradients(q, do, dfinal, decay, grid: ChunkGrid, entered: int) -> torch.Tensor:
+def _state_gradients(q, do, dfinal, decays, grid: ChunkGrid, entered: int) -> torch.Tensor:
     """Gradients [N + R, h, D, D] of the states entering the chunks from `entered` on, then of the R final states.
 
     q, do: [N, h, C, D], do already decayed from the start of its chunk.
@@ -198,23 +200,22 @@ def _state_gradients(q, do, dfinal, decay, grid: ChunkGrid, entered: int) -> tor
     else:
         torch.index_select(dfinal, 0, grid.order, out=grads[size:])
     torch.bmm(q[entered:].flatten(0, 1).mT, do[entered:].flatten(0, 1), out=grads[entered:size].flatten(0, 1))
-    following, continued = size, 0
-    for start, end in reversed(grid.ranks):
-        if start < entered:
-            break
-        split = start + continued
-        if dfinal is not None and split < end:
-            ending = grads[size + continued : size + end - start]
-            grads[split:end].addcmul_(_rows(decay, split, end), ending)
-        if continued:
-            grads[start:split].addcmul_(_rows(decay, start, split), grads[following : following + continued])
-        following, continued = start, end - start
+    *blocks, ending = grads.split([*grid.counts, documents])
+    following = ending[:0]
+    for rank in reversed(range(0 if entered == 0 else 1, len(blocks))):
+        block, decay = blocks[rank], decays.ranks[rank]
+        goes_on = len(following)
+        if dfinal is not None and goes_on < len(block):
+            block[goes_on:].addcmul_(decay[goes_on:] if len(decay) > 1 else decay, ending[goes_on : len(block)])
+        if goes_on:
+            _first(block, goes_on).addcmul_(_first(decay, goes_on), following)
+        following = block
     return grads
 
 
-def _rows(decay: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Rows of one decay per chunk, or the one row that stands for every chunk."""
-    return decay if len(decay) == 1 else decay[start:end]
+def _first(x: torch.Tensor, count: int) -> torch.Tensor:
+    """x[:count]; x itself when it is no longer than that, which spares the loops over ranks a slice."""
+    return x if len(x) <= count else x[:count]
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

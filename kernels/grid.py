@@ -1,6 +1,7 @@
 """The chunk grid: how tokens of a batch or a pack are laid out in chunks of C tokens, each inside one document."""
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,8 @@ class ChunkGrid:
 
     chunk: int
     documents: int
-    ranks: list[tuple[int, int]]  # first and end chunk of each rank
+    size: int  # N
+    counts: list[int]  # chunks of each rank, never rising
     order: torch.Tensor  # [R] index of the non-empty documents, longest first
     last: torch.Tensor  # [R] last chunk of each of them
     lengths: torch.Tensor | None  # [N] tokens in each chunk; None: all are full
@@ -28,10 +30,6 @@ class ChunkGrid:
     padding: torch.Tensor | None  # [P] slots that hold no token
     parent: torch.Tensor | None  # [N] place of each chunk's predecessor, see `entry`; None: the same place
     child: torch.Tensor | None  # [N] place of each chunk's successor, see `exit`; None: R places on
-
-    @property
-    def size(self) -> int:
-        return self.ranks[-1][1] if self.ranks else 0
 
     def gather(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """New contiguous [N, H, C, D] of `dtype` from x [B, T, H, D] of any strides; padding slots are zero."""
@@ -72,14 +70,20 @@ def build_grid(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk: 
     Reads cu_seqlens on the host. Raises ValueError when cu_seqlens does not rise from 0 to at most `tokens`.
     """
     if cu_seqlens is None:
-        edges = torch.arange(batch + 1) * tokens
-    else:
-        edges = cu_seqlens.to("cpu", torch.int64)
-        if edges[0] != 0 or edges[-1] > tokens or (edges.diff() < 0).any():
-            raise ValueError(
-                f"cu_seqlens={edges.tolist()} must start at 0, never fall, and end at or before T={tokens}; "
-                "pass cumulative document lengths"
-            )
+        return _grid(batch, tokens, None, chunk, device)
+    edges = tuple(cu_seqlens.tolist())
+    if edges[0] != 0 or edges[-1] > tokens or any(end < start for start, end in itertools.pairwise(edges)):
+        raise ValueError(
+            f"cu_seqlens={edges} must start at 0, never fall, and end at or before T={tokens}; "
+            "pass cumulative document lengths"
+        )
+    return _grid(1, tokens, edges, chunk, device)
+
+
+# Every layer of a model asks for the same grid, forward and again under recomputation.
+@functools.lru_cache(maxsize=8)
+def _grid(batch: int, tokens: int, cu_seqlens: tuple[int, ...] | None, chunk: int, device: torch.device) -> ChunkGrid:
+    edges = torch.arange(batch + 1) * tokens if cu_seqlens is None else torch.tensor(cu_seqlens)
     lengths = edges.diff()
     longest = int(lengths.max()) if len(lengths) else 0
     while chunk > 16 and 2 * longest <= chunk:
@@ -98,7 +102,8 @@ def build_grid(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk: 
         ChunkGrid,
         chunk=chunk,
         documents=len(lengths),
-        ranks=list(zip(starts.tolist(), ends.tolist())),
+        size=int(chunks_of.sum()),
+        counts=counts.tolist(),
         order=order.to(device),
         last=last.to(device),
     )

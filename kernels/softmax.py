@@ -69,7 +69,8 @@ def _varlen(q, k, v, scale: float, cu_seqlens, max_seqlen: int | None, causal: b
 
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max())
-    q, k, v = q[0], k[0], v[0]
+    covered = (torch.arange(q.shape[1], device=q.device) < cu_seqlens[-1])[:, None, None]
+    q, k, v = (_ZeroPaddingGradient.apply(x[0], covered) for x in (q, k, v))
     grouped = {}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -79,8 +80,21 @@ def _varlen(q, k, v, scale: float, cu_seqlens, max_seqlen: int | None, causal: b
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     window = (-1, 0) if causal else (-1, -1)
     o = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **grouped)
-    covered = torch.arange(len(o), device=o.device) < cu_seqlens[-1]
-    return o.where(covered[:, None, None], 0.0)[None]
+    return o.where(covered, 0.0)[None]
+
+
+class _ZeroPaddingGradient(torch.autograd.Function):
+    """The identity; its backward zeroes rows outside `covered`, which the varlen kernel's backward leaves unwritten."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(covered)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (covered,) = ctx.saved_tensors
+        return gradient.where(covered, 0.0), None
 
 
 def _check(q, k, v, cu_seqlens) -> None:
