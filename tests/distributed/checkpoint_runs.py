@@ -38,6 +38,8 @@ class Run:
     steps: list[tuple[float, float]] = field(default_factory=list)
     """(loss, gradient norm)"""
     start: int = 0
+    optimizers: int = 0
+    """Core's, one after another."""
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -105,7 +107,7 @@ def train(rank: int, world: int, config: Config, last: int, save_at: tuple[int, 
 
     trainer = make_trainer(config)
     with Checkpointer(config, trainer) as checkpointer:
-        run = Run(start=checkpointer.load())
+        run = Run(start=checkpointer.load(), optimizers=len(trainer.optimizer.chained_optimizers))
         for step in range(run.start, last):
             run.steps += steps(trainer, step, step + 1)
             checkpointer.poll()
