@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import yaml
 from megatron.core import dist_checkpointing
@@ -196,11 +195,15 @@ def _check_model(folder: Path, model: ModelConfig, weights_only: bool) -> None:
         if key not in ignored and ours.get(key) != saved.get(key)
     ]
     if different:
-        raise ConfigError(f"{folder} holds another model: {'; '.join(different)}. Use its config.yaml or another checkpoint.")
+        raise ConfigError(
+            f"{folder} holds another model: {'; '.join(different)}. Use its config.yaml or another checkpoint."
+        )
 
 
 def _layer_types(saved: dict[str, Any]) -> list[int]:
-    return ModelConfig(num_hidden_layers=saved["num_hidden_layers"], attn_type_list=saved["attn_type_list"]).layer_types()
+    return ModelConfig(
+        num_hidden_layers=saved["num_hidden_layers"], attn_type_list=saved["attn_type_list"]
+    ).layer_types()
 
 
 def _saved_position(folder: Path, trainer: Trained) -> dict[str, Any]:
@@ -223,7 +226,9 @@ def _check_tensors(folder: Path, metadata: Metadata, wanted: dict[str, ShardedTe
     for name, tensor in wanted.items():
         stored = metadata.state_dict_metadata.get(name)
         if not isinstance(stored, TensorStorageMetadata):
-            raise ConfigError(f"{name} is not in {folder}; use a checkpoint of this model or set checkpoint.weights_only=true.")
+            raise ConfigError(
+                f"{name} is not in {folder}; use a checkpoint of this model or set checkpoint.weights_only=true."
+            )
         if tuple(stored.size) != tuple(tensor.global_shape):
             raise ConfigError(
                 f"{name} has shape {list(stored.size)} in {folder}, the model wants {list(tensor.global_shape)}; "

@@ -43,7 +43,9 @@ class Run:
     state: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def tiny_config(save: Path | None = None, load: Path | None = None, *, precision: str = "fp32", **parallel: Any) -> Config:
+def tiny_config(
+    save: Path | None = None, load: Path | None = None, *, precision: str = "fp32", **parallel: Any
+) -> Config:
     return Config(
         model=replace(MODEL),
         parallel=ParallelConfig(**parallel),
@@ -101,7 +103,9 @@ def full_state(trainer: Any) -> dict[str, torch.Tensor]:
     return state
 
 
-def train(rank: int, world: int, config: Config, last: int, save_at: tuple[int, ...] = (), keep_state: bool = False) -> Run:
+def train(
+    rank: int, world: int, config: Config, last: int, save_at: tuple[int, ...] = (), keep_state: bool = False
+) -> Run:
     """Load if the configuration says so, train up to step `last`, save after the steps `save_at`."""
     from megatron_m1.checkpoint.native import Checkpointer
 
