@@ -1,18 +1,22 @@
-"""Operators of MiniMax-M1's layers: lightning attention (training, packed, stateful, decoding) and softmax attention.
+"""Operators of MiniMax-M1's layers: lightning attention (training, packed, stateful, decoding), softmax attention, norms, SwiGLU.
 
 Depends on torch (and triton) only. Importing has no side effects.
 """
 
 from m1_kernels.decode import lightning_attention_step
 from m1_kernels.dispatch import lightning_attention
+from m1_kernels.pointwise import gated_rms_norm, rms_norm, swiglu
 from m1_kernels.reference import lightning_attention_reference
 from m1_kernels.slopes import slopes
 from m1_kernels.softmax import softmax_attention
 
 __all__ = [
+    "gated_rms_norm",
     "lightning_attention",
     "lightning_attention_reference",
     "lightning_attention_step",
+    "rms_norm",
     "slopes",
     "softmax_attention",
+    "swiglu",
 ]

@@ -86,14 +86,10 @@ class _Chunked(torch.autograd.Function):
             if initial_state is not None:
                 final_state.copy_(initial_state)
         for group in _head_groups(heads, grid, q.device):
-            _forward_heads(
-                *(grid.gather(x[:, :, group], dtype) for x in (q, k, v)),
-                _Decays.of(slopes[group], grid, dtype),
-                grid,
-                _heads_of(initial_state, group, dtype),
-                o[:, :, group],
-                _heads_of(final_state, group, dtype),
-            )
+            qs, ks, vs = (grid.gather(x[:, :, group], dtype) for x in (q, k, v))
+            decays = _Decays.of(slopes[group], grid, dtype)
+            initial, final = (_heads_of(x, group, dtype) for x in (initial_state, final_state))
+            _forward_heads(qs, ks, vs, decays, grid, initial, o[:, :, group], final)
         return o, final_state
 
     @staticmethod
@@ -107,15 +103,12 @@ class _Chunked(torch.autograd.Function):
         if initial_state is not None:
             dinitial = torch.zeros_like(initial_state) if dfinal is None else dfinal.to(initial_state.dtype, copy=True)
         for group in _head_groups(q.shape[2], grid, q.device):
-            _backward_heads(
-                *(grid.gather(x[:, :, group], dtype) for x in (q, k, v, do)),
-                _Decays.of(slopes[group], grid, dtype),
-                grid,
-                _heads_of(initial_state, group, dtype),
-                _heads_of(dfinal, group, dtype),
-                [x[:, :, group] for x in (dq, dk, dv)],
-                None if dinitial is None else dinitial[:, group],
-            )
+            qs, ks, vs, dos = (grid.gather(x[:, :, group], dtype) for x in (q, k, v, do))
+            decays = _Decays.of(slopes[group], grid, dtype)
+            initial, exit_grad = (_heads_of(x, group, dtype) for x in (initial_state, dfinal))
+            grads = [x[:, :, group] for x in (dq, dk, dv)]
+            entry_grad = None if dinitial is None else dinitial[:, group]
+            _backward_heads(qs, ks, vs, dos, decays, grid, initial, exit_grad, grads, entry_grad)
         return dq, dk, dv, None, dinitial, None, None
 
 

@@ -46,7 +46,7 @@ class ChunkGrid:
     def scatter(self, grid: torch.Tensor, out: torch.Tensor) -> None:
         """Write grid [N, H, C, D] to its tokens in out [B, T, H, D]; tokens outside all documents become zero."""
         batch, _, heads, dim = out.shape
-        if self.token_of is None:
+        if self.slot_of is None:
             chunks = grid.view(-1, batch, heads, self.chunk, dim).permute(1, 0, 3, 2, 4)
             out.unflatten(1, (-1, self.chunk)).copy_(chunks)
             return

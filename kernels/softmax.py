@@ -59,9 +59,9 @@ def _document_by_document(q, k, v, scale: float, cu_seqlens: torch.Tensor, causa
     edges = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(edges)] + [q.shape[1] - edges[-1]]
     # split, not slices: its backward is one concatenation instead of one pack-sized gradient per document
-    documents = list(zip(*(x.split(lengths, dim=1) for x in (q, k, v))))
-    outputs = [_dense(*document, scale, causal) if document[0].shape[1] else document[0] for document in documents[:-1]]
-    return torch.cat([*outputs, torch.zeros_like(documents[-1][0])], dim=1)
+    *documents, padding = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
+    outputs = [_dense(dq, dk, dv, scale, causal) if dq.shape[1] else dq for dq, dk, dv in documents]
+    return torch.cat([*outputs, torch.zeros_like(padding[0])], dim=1)
 
 
 def _varlen(q, k, v, scale: float, cu_seqlens, max_seqlen: int | None, causal: bool) -> torch.Tensor:
