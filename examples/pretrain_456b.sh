@@ -67,9 +67,8 @@ if [[ "${DRY_RUN:-0}" == 1 ]]; then
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# On SIGTERM torchrun waits this long for the checkpoint (torch >= 2.12; older ones wait 30 s).
+# How long torchrun waits on SIGTERM for the checkpoint; torch versions without the option wait 30 s.
 if [[ "$("$PYTHON" -m torch.distributed.run --help)" == *--shutdown-timeout* ]]; then
     LAUNCH_ARGS+=(--shutdown-timeout "${SHUTDOWN_TIMEOUT_S:-900}")
 fi
