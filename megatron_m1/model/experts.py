@@ -1,6 +1,7 @@
 """Routed experts as grouped matrix products, and the optional shared expert."""
 
 import torch
+from m1_kernels import swiglu
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -49,9 +50,7 @@ class GroupedExperts(MegatronModule):
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         ends = torch.cumsum(tokens_per_expert, dim=0, dtype=torch.int32).to(tokens.device)
         gate_up = grouped_mm(tokens, self.fc1.flatten(1, 2).transpose(1, 2), offs=ends)
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = (silu(gate) * up * probs.unsqueeze(-1)).to(tokens.dtype)
-        return grouped_mm(activated, self.fc2.transpose(1, 2), offs=ends), None
+        return grouped_mm(swiglu(gate_up, probs), self.fc2.transpose(1, 2), offs=ends), None
 
     def backward_dw(self) -> None:
         """Part of core's interface for delayed weight gradients, which these experts do not use."""

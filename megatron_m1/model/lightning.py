@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_m1.model.cache import AttentionCache
-from megatron_m1.model.norm import TensorParallelRMSNorm
+from megatron_m1.model.norm import GatedRMSNorm
 from megatron_m1.model.transformer_config import M1TransformerConfig
 
 __all__ = ["LightningAttention", "column_linear", "row_linear"]
@@ -70,7 +70,7 @@ class LightningAttention(MegatronModule):
         ].clone()
         self.qkv_proj = column_linear(config, m1.hidden_size, 3 * channels, group)
         self.output_gate = column_linear(config, m1.hidden_size, channels, group)
-        self.norm = TensorParallelRMSNorm(config, channels, m1.lightning_norm_eps, group)
+        self.norm = GatedRMSNorm(config, channels, m1.lightning_norm_eps, group)
         self.out_proj = row_linear(config, channels, m1.hidden_size, group)
         self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
 
@@ -91,7 +91,7 @@ class LightningAttention(MegatronModule):
 
         out = checkpoint(core, False, qkv) if self.recompute_core and self.training else core(qkv)
         gate, _ = self.output_gate(hidden_states)
-        out, _ = self.out_proj(torch.sigmoid(gate) * self.norm(out))
+        out, _ = self.out_proj(self.norm(out, gate))
         return out, None
 
     def _attend(self, qkv: Tensor, packed: PackedSeqParams | None, cache: AttentionCache | None) -> Tensor:

@@ -1,6 +1,7 @@
 """RMSNorm over the hidden size, and over the heads of all tensor-parallel ranks."""
 
 import torch
+from m1_kernels import gated_rms_norm, rms_norm
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -10,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-__all__ = ["RMSNorm", "TensorParallelRMSNorm"]
+__all__ = ["GatedRMSNorm", "RMSNorm"]
 
 
 class RMSNorm(nn.Module):
@@ -27,14 +28,14 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
-class TensorParallelRMSNorm(nn.Module):
-    """ONE RMSNorm over the channels of all heads, which are spread over the tensor-parallel group.
+class GatedRMSNorm(nn.Module):
+    """sigmoid(gate) * ONE RMSNorm over the channels of all heads, which are spread over the tensor-parallel group.
 
-    forward(x) with x [..., channels / tp] gives the normed local channels in x's dtype; one all-reduce of the sum of squares
-    (fp32, [..., 1]) over `group`, one more of its gradient in the backward pass.  Source: model.md, lightning output norm.
+    forward(x, gate) with x, gate [..., channels / tp] gives the local channels in x's dtype; one all-reduce of the sum of squares
+    (fp32, [..., 1]) over `group`, one more of its gradient in the backward pass.  Source: MiniMax-01 report, section 2.2, and the released code.
     """
 
     def __init__(
@@ -47,16 +48,13 @@ class TensorParallelRMSNorm(nn.Module):
         self.weight.partition_dim = 0  # type: ignore[attr-defined]
         self.weight.partition_stride = 1  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.group.size() == 1:
-            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        x32 = x.float()
-        squares = x32.square().sum(dim=-1, keepdim=True)
-        squares = copy_to_tensor_model_parallel_region(
-            reduce_from_tensor_model_parallel_region(squares, group=self.group), group=self.group
-        )
-        normed = x32 * torch.rsqrt(squares / self.channels + self.eps)
-        return (normed * self.weight.float()).to(x.dtype)
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        squares = x.float().square().sum(dim=-1, keepdim=True)
+        if self.group.size() > 1:
+            squares = copy_to_tensor_model_parallel_region(
+                reduce_from_tensor_model_parallel_region(squares, group=self.group), group=self.group
+            )
+        return gated_rms_norm(x, gate, self.weight, squares / self.channels, self.eps)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -81,10 +81,10 @@ def gradients_divided_by_core() -> Iterator[None]:
 def lightning_norm_per_rank() -> Iterator[None]:
     """The RMSNorm over all heads sees the heads of its own rank only."""
 
-    def mutant(self, x):
-        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def mutant(self, x, gate):
+        return torch.sigmoid(gate) * torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-    with patch.object(norm.TensorParallelRMSNorm, "forward", mutant):
+    with patch.object(norm.GatedRMSNorm, "forward", mutant):
         yield
 
 
