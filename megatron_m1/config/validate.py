@@ -127,6 +127,17 @@ def _layout(config: Config) -> Iterator[str]:
         )
         remedy = _divisors(model.intermediate_size)
         yield f"{source}={expert_tensor} must divide model.intermediate_size={model.intermediate_size}; use {remedy}."
+    # torch's grouped_mm wants rows of a multiple of 16 bytes.
+    unit = 8 if training.precision == "bf16" else 4
+    rows = {
+        f"model.intermediate_size={model.intermediate_size} over {expert_tensor} expert-tensor ranks": (
+            model.intermediate_size / expert_tensor
+        ),
+        f"model.hidden_size={model.hidden_size}": model.hidden_size,
+    }
+    for name, width in rows.items():
+        if width == int(width) and width % unit:
+            yield f"{name} gives rows of {int(width)}, which must be a multiple of {unit} in {training.precision}; change it."
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor above 1; set it to null or raise parallel.tensor."
     if model.num_local_experts % parallel.expert:

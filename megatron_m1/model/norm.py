@@ -35,7 +35,8 @@ class GatedRMSNorm(nn.Module):
     """sigmoid(gate) * ONE RMSNorm over the channels of all heads, which are spread over the tensor-parallel group.
 
     forward(x, gate) with x, gate [..., channels / tp] gives the local channels in x's dtype; one all-reduce of the sum of squares
-    (fp32, [..., 1]) over `group`, one more of its gradient in the backward pass.  Source: MiniMax-01 report, section 2.2, and the released code.
+    (fp32, [..., 1]) over `group`, one more of its gradient in the backward pass.
+    Source: MiniMax-01 report, section 2.2, and the released code.
     """
 
     def __init__(

@@ -38,6 +38,11 @@ BROKEN = [
         "parallel.tensor=2 model.intermediate_size=27",
         "parallel.expert_tensor (null: parallel.tensor)=2 must divide model.intermediate_size=27; use 1, 3, 9 or 27.",
     ),
+    (
+        2,
+        "parallel.tensor=2 model.intermediate_size=40",
+        "model.intermediate_size=40 over 2 expert-tensor ranks gives rows of 20, which must be a multiple of 8 in bf16",
+    ),
     (1, "parallel.sequence=true", "parallel.sequence=true needs parallel.tensor above 1"),
     (3, "parallel.pipeline=3", "parallel.pipeline=3 must divide model.num_hidden_layers=8; use 1, 2, 4 or 8."),
     (2, "parallel.pipeline=2 parallel.virtual_pipeline=3", "must divide the 4 layers of a pipeline stage"),
