@@ -29,13 +29,6 @@ def main(argv: list[str]) -> None:
     FloatingPointError if the model yields logits that are not finite. The output file changes only once all is done.
     """
     options, overrides = _parse(argv)
-    platform.setup()
-    from megatron_m1.checkpoint.native import load_checkpoint
-    from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
-    from megatron_m1.engine.trainer import Trainer
-    from megatron_m1.generation.engine import Sampling, generate
-    from megatron_m1.parallel import destroy_groups, init_groups
-
     step = _step_folder(options.checkpoint)
     trained = _trained_config(step)
     config = _generation_config(trained, _stored_precision(step), overrides)
@@ -43,14 +36,22 @@ def main(argv: list[str]) -> None:
     limits = PromptLimits(config.model.vocab_size, config.model.max_position_embeddings - options.max_new_tokens)
     prompts = read_prompts(options.prompts, tokenizer, limits)
     check_output(options.output)
+    end_token = _end_token(options.end_token, trained, tokenizer)
+
+    platform.setup()
+    from megatron_m1.checkpoint.native import load_checkpoint
+    from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
+    from megatron_m1.engine.trainer import Trainer
+    from megatron_m1.generation.engine import Sampling, generate
+    from megatron_m1.parallel import destroy_groups, init_groups
+
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
-        end_token=_end_token(options.end_token, trained, tokenizer),
+        end_token=end_token,
     )
-
     init_distributed(config.parallel.timeout_s)
     groups = init_groups(config.parallel, seed=options.seed)
     trainer = Trainer(config, groups, train=False)

@@ -44,6 +44,7 @@ class Completion:
 
 @dataclass
 class _Request:
+    index: int
     prompt: list[int]
     generator: torch.Generator
     completion: Completion
@@ -76,7 +77,9 @@ def generate(
     """
     rank, replicas = groups.dp.rank(), groups.dp.size()
     indices = range(rank, len(prompts), replicas)
-    requests = [_Request(prompts[index], request_generator(sampling.seed, index), Completion()) for index in indices]
+    requests = [
+        _Request(index, prompts[index], request_generator(sampling.seed, index), Completion()) for index in indices
+    ]
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     slots = min(batch_size, max(len(indices), 1))
     was_training = model.training
@@ -177,8 +180,8 @@ class _Engine:
         for request, token, logprob in zip(requests, *chosen.tolist()):
             if token < 0:
                 raise FloatingPointError(
-                    f"the logits after {len(request.prompt) + len(request.completion.tokens)} tokens of a prompt that starts "
-                    f"with token ids {request.prompt[:8]} are not finite; the weights of this checkpoint are unusable"
+                    f"prompt {request.index} (counted from 0): the logits after {len(request.prompt)} + "
+                    f"{len(request.completion.tokens)} tokens are not finite; use another checkpoint."
                 )
             request.take(int(token), logprob, self.sampling)
 

@@ -24,7 +24,12 @@ def sample(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float)
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature
-    probabilities, order = torch.sort(scaled.softmax(dim=-1), dim=-1, descending=True, stable=True)
+    probabilities = scaled.softmax(dim=-1)
+    if top_p == 1.0:
+        mass = probabilities.cumsum(dim=-1)
+        threshold = uniform.unsqueeze(-1) * mass[:, -1:]
+        return torch.searchsorted(mass, threshold, right=True).clamp(max=mass.shape[-1] - 1).squeeze(-1)
+    probabilities, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     mass = probabilities.cumsum(dim=-1)
     kept = (mass - probabilities < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
     threshold = uniform.unsqueeze(-1) * mass.gather(-1, kept - 1)

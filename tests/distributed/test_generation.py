@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 
+from megatron_m1.__main__ import main
 from megatron_m1.checkpoint.native import save_checkpoint
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.schema import MoEConfig, ParallelConfig, TrainingConfig
@@ -173,6 +174,23 @@ def test_fewer_prompts_than_ranks(ranks, alone):
             assert_same(completions, want)
 
 
+def complete_with_a_nan(rank: int, world: int, parallel: dict[str, int]) -> str:
+    config = config_of(parallel)
+    groups = init_groups(config.parallel, seed=1)
+    [stage] = build_model(config, groups)
+    if stage.pre_process:
+        stage.embedding.word_embeddings.weight.data[33] = torch.nan
+    with pytest.raises(FloatingPointError) as error:
+        generate(stage, groups, PROMPTS, GREEDY, batch_size=8)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"pipeline": 2})])
+def test_logits_that_are_not_finite_end_every_rank(ranks, world, parallel):
+    for message in ranks(world, complete_with_a_nan, parallel):
+        assert message.startswith("prompt 4 (counted from 0)")
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +216,7 @@ def command(world: int, *options: object) -> subprocess.CompletedProcess[str]:
     }
     return subprocess.run(
         [sys.executable, *launcher, "megatron_m1", "generate", *map(str, options)],
-        capture_output=True, text=True, timeout=200, env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=280, env=environment | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -252,13 +270,12 @@ def test_command_with_text(checkpoint, tmp_path, alone):
     for record in records:
         assert record["token_ids"] == greedy[:stop] and record["finish_reason"] == "stop"
         assert record["text"] == " ".join(f"w{token}" for token in greedy[: stop - 1])
-    result = command(1, *options, "--output", tmp_path / "out.jsonl")
-    assert result.returncode == 2 and "in.jsonl:1: `text` needs a tokenizer" in result.stderr
 
 
-def test_command_says_what_is_wrong_once(checkpoint, tmp_path):
+def test_command_says_what_is_wrong_once(checkpoint, tmp_path, capsys):
     good = write_prompts(tmp_path / "good.jsonl", [{"token_ids": [1]}])
     bad = write_prompts(tmp_path / "bad.jsonl", [{"token_ids": [1]}, {"token_ids": [64]}])
+    text = write_prompts(tmp_path / "text.jsonl", [{"text": "w1"}])
     output = tmp_path / "out.jsonl"
     output.write_text("before")
     damaged = tmp_path / "step_00000008"
@@ -266,16 +283,31 @@ def test_command_says_what_is_wrong_once(checkpoint, tmp_path):
     weights = next(damaged.glob("*.distcp"))
     weights.write_bytes(weights.read_bytes()[:-1000])
     usual = {"--checkpoint": checkpoint, "--prompts": good, "--output": output}
-    for world, changed, said in [
-        (2, {"--prompts": bad}, "bad.jsonl:2: token id 64 must lie in 0..63"),
-        (1, {"--checkpoint": tmp_path / "none"}, "none does not exist"),
-        (1, {"--checkpoint": tmp_path}, "holds no file `latest`"),
-        (2, {"--checkpoint": damaged}, f"{weights} has "),
-        (1, {"--top-p": 0}, "must lie above 0"),
-        (1, {"--parallel.tensor": 2}, "world_size=1 must be a multiple"),
-        (1, {"--training.seed": 2}, "--training.seed is not an option"),
+    cases = [
+        ({"--prompts": text}, "text.jsonl:1: `text` needs a tokenizer"),
+        ({"--checkpoint": tmp_path / "none"}, f"--checkpoint={tmp_path / 'none'} does not exist"),
+        ({"--checkpoint": tmp_path}, "holds no file `latest`"),
+        ({"--tokenizer": tmp_path / "none"}, "tokenizer.json does not exist"),
+        ({"--output": tmp_path}, "is a folder"),
+        ({"--top-p": 0}, "must lie above 0"),
+        ({"--temperature": -1}, "must be 0 or more"),
+        ({"--max-new-tokens": 0}, "must be 1 or more"),
+        ({"--end-token": 64}, "must be below model.vocab_size=64"),
+        ({"--parallel.tensor": 2}, "parallel.tensor*pipeline*context=2*1*1=2"),
+        ({"--parallel.tensr": 2}, "did you mean parallel.tensor"),
+        ({"--parallel.virtual_pipeline": 2}, "has no use in generation"),
+        ({"--training.seed": 2}, "--training.seed is not an option"),
+    ]
+    for changed, said in cases:
+        code = main(["generate", *(str(x) for pair in (usual | changed).items() for x in pair)])
+        errors = capsys.readouterr().err
+        assert code == 2 and errors.count(said) == errors.count("error: ") == 1, (changed, errors)
+    # These two under torchrun: found before the ranks meet, and on one rank alone while both load.
+    for changed, said in [
+        ({"--prompts": bad}, "bad.jsonl:2: token id 64 must lie in 0..63"),
+        ({"--checkpoint": damaged}, f"{weights} has "),
     ]:
-        result = command(world, *(x for pair in (usual | changed).items() for x in pair))
+        result = command(2, *(x for pair in (usual | changed).items() for x in pair))
         assert result.returncode != 0 and result.stderr.count(said) == 1, (changed, result.stderr)
         assert "Traceback" not in result.stderr.split(said)[0]
-        assert output.read_text() == "before"
+    assert output.read_text() == "before"
