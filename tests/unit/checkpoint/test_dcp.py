@@ -12,7 +12,12 @@ from torch import distributed
 from megatron_m1.checkpoint.dcp import NativeReader, NativeWriter
 from megatron_m1.checkpoint.hf import import_hf, verify_hf
 from megatron_m1.checkpoint.names import join, native_layout
+from megatron_m1.checkpoint.native import load_checkpoint
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.config.schema import Config, ParallelConfig, TrainingConfig
+from megatron_m1.engine.trainer import Trainer
+from megatron_m1.model.build import sharded_parameters
+from megatron_m1.parallel import destroy_groups, init_groups
 from tests.model_cases import CASES, random_weights
 
 MODEL = CASES["gqa_8"]
@@ -21,9 +26,6 @@ MODEL = CASES["gqa_8"]
 @pytest.fixture
 def core(tmp_path: Path) -> Iterator:
     """megatron.core.dist_checkpointing inside a process group of one."""
-    from megatron_m1.platform import setup
-
-    setup()
     from megatron.core import dist_checkpointing
 
     if not distributed.is_initialized():
@@ -74,6 +76,24 @@ def test_core_loads_an_import_whole_and_in_slices(core, write_hf, tmp_path, nati
     assert torch.equal(part["experts"], native_weights[fc1][E // 2 :, :, F // 2 :])
     assert torch.equal(part["column"], native_weights[qkv].chunk(2)[1].float())
     assert torch.equal(part["row"], native_weights[out].chunk(2, dim=1)[1])
+
+
+def test_imported_weights_load_into_the_model(core, write_hf, tmp_path, native_weights):
+    step = import_hf(write_hf(MODEL), tmp_path / "native", "minimax_m1", log=lambda _: None)
+    config = Config(model=MODEL, training=TrainingConfig(precision="fp32"))
+    trainer = Trainer(config, init_groups(ParallelConfig(), seed=0), train=False)
+    assert load_checkpoint(trainer, config, path=step, weights_only=True) == 0
+    loaded = sharded_parameters(trainer.models)
+    assert loaded.keys() == native_weights.keys()
+    for name, weight in native_weights.items():
+        assert torch.equal(loaded[name].data, weight.float()), name
+    file = step / "__0_2.distcp"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"__0_2.distcp is damaged: the checksum of decoder.layers.1"):
+        load_checkpoint(trainer, config, path=step, weights_only=True)
+    destroy_groups()
 
 
 def test_we_read_what_core_saves_in_chunks(core, write_hf, tmp_path, native_weights, monkeypatch):
