@@ -36,12 +36,16 @@ def resolve(path: Path) -> Path:
     if not path.is_dir():
         raise ConfigError(f"checkpoint.load={path} does not exist; name a save folder or a step_XXXXXXXX folder.")
     if not pointer.is_file():
-        raise ConfigError(f"checkpoint.load={path} holds no file `latest`; name a save folder or a step_XXXXXXXX folder.")
+        raise ConfigError(
+            f"checkpoint.load={path} holds no file `latest`; name a save folder or a step_XXXXXXXX folder."
+        )
     name = pointer.read_text(encoding="utf-8").strip()
     for folder in (path / name, path / f"{name}{REPLACED}"):  # the latter: killed while a step was saved anew
         if STEP_FOLDER.match(name) and folder.is_dir():
             return folder
-    raise ConfigError(f"{pointer} names {name!r}, which is no folder there; set checkpoint.load to one of {_steps_text(path)}.")
+    raise ConfigError(
+        f"{pointer} names {name!r}, which is no folder there; set checkpoint.load to one of {_steps_text(path)}."
+    )
 
 
 def new_partial(save: Path, step: int) -> Path:
@@ -116,7 +120,9 @@ def _number(folder: Path) -> int:
 
 
 def _steps(save: Path) -> list[int]:
-    return [int(match[1]) for entry in save.iterdir() if entry.is_dir() and (match := STEP_FOLDER.fullmatch(entry.name))]
+    return [
+        int(match[1]) for entry in save.iterdir() if entry.is_dir() and (match := STEP_FOLDER.fullmatch(entry.name))
+    ]
 
 
 def _steps_text(save: Path) -> str:

@@ -64,7 +64,9 @@ class OptimizerState:
             tensors = {tensor.key: tensor for tensor in _sharded_tensors(self.nested)}
         else:
             tensors = _live_tensors(parts, weights)
-        self.fp32 = {f"{PREFIX}param.{name}": weight for name, weight in weights.items() if weight.dtype == torch.float32}
+        self.fp32 = {
+            f"{PREFIX}param.{name}": weight for name, weight in weights.items() if weight.dtype == torch.float32
+        }
         self.tensors = {key: tensor for key, tensor in tensors.items() if key not in self.fp32}
 
     def restore(self, loaded: dict[str, torch.Tensor], *, step: int) -> None:
@@ -82,7 +84,9 @@ class OptimizerState:
 
 def optimizer_step(optimizer: MegatronOptimizer) -> int:
     """Number of updates made, which Adam's bias correction needs."""
-    steps = {group.get("step", 0) for part in chained(optimizer) for group in part.optimizer.param_groups if group["params"]}
+    steps = {
+        group.get("step", 0) for part in chained(optimizer) for group in part.optimizer.param_groups if group["params"]
+    }
     assert len(steps) == 1, f"parameter groups have made different numbers of steps: {steps}"
     return int(steps.pop())
 

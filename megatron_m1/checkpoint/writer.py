@@ -46,12 +46,15 @@ class Writing:
         self.error: Exception | None = None
         # Core hands the results through a queue that it would get from a manager process of its own.
         filesystem_async._results_queue = self.results = queue.SimpleQueue()
-        core_torch._logged_mcore_async_deprecation = True  # the announcement concerns core's processes, which are not used
+        # Core announces the end of its own asynchronous callers, which are not used here.
+        core_torch._logged_mcore_async_deprecation = True
         self.request = dist_checkpointing.save(
             state, str(self.partial), async_sharded_save=True, async_strategy="mcore", validate_access_integrity=True
         )
         buckets = self._staged(copy=background)
-        self.thread = threading.Thread(target=self._write, args=(buckets,), name=f"write {self.partial.name}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._write, args=(buckets,), name=f"write {self.partial.name}", daemon=True
+        )
         if background:
             self.thread.start()
         else:
@@ -126,7 +129,9 @@ class Writing:
 
 def write_file(transforms: list[Any], number: int, bucket: Any) -> list[Any]:
     """PyTorch's WriteResults of one .distcp file, in the order of the chunks in it; the file is synced to the disk."""
-    _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, None, None, True)
+    _, outcome = filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        transforms, number, bucket, None, None, True
+    )
     if isinstance(outcome, Exception):
         raise outcome
     return outcome

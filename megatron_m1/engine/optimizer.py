@@ -33,10 +33,12 @@ def wrap_data_parallel(
             config=model.config,
             ddp_config=ddp,
             module=model,
-            disable_bucketing=stage > 0,
+            # True would exchange a chunk's bf16 and fp32 buffers in one call, which gloo does wrongly and in silence
+            # (torch 2.13: a coalesced all-gather takes all tensors for the type of the first).
+            disable_bucketing=False,
             pg_collection=groups,
         )
-        for stage, model in enumerate(models)
+        for model in models
     ]
 
 
