@@ -255,7 +255,7 @@ def check(model: ModelConfig, where: str) -> None:
 def semantic_differences(model: ModelConfig, *, dtype: str = "bfloat16") -> list[str]:
     """What transformers' `minimax`, loading our export by from_pretrained, computes differently; one sentence each.
 
-    dtype: torch dtype name in which the export will be loaded. Source: transformers 5.x models/minimax, design note model.md.
+    dtype: torch dtype name in which the export will be loaded. Source: transformers 5.x models/minimax.
     """
     softmax, lightning = 1 in model.layer_types(), 0 in model.layer_types()
     found = []
