@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 1 if the equality table is out of bounds; 2 for bad input (a ConfigError, told once per job); 3 for
-    a loss or gradient that is not finite.
+    a loss or gradient that is not finite; 4 if another rank died or hangs.
     """
     argv = sys.argv[1:] if argv is None else argv
     command, options = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -31,6 +31,16 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         _tell_once(f"error: {error}")
         return 3
+    except RuntimeError as error:
+        from megatron_m1.engine.distributed import lost_a_rank
+
+        if not lost_a_rank(error):
+            raise
+        _tell_once(
+            "error: another rank has died or does not answer; its own output, if any, says why. The job ends, checkpoints on "
+            f"disk are untouched. ({' '.join(str(error).split())[:200]})"
+        )
+        return 4
 
 
 def _dispatch(command: str, options: list[str]) -> int:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_m1 import platform
 
-__all__ = ["init_distributed", "shutdown_distributed"]
+__all__ = ["init_distributed", "lost_a_rank", "shutdown_distributed"]
 
 
 def init_distributed(timeout_s: int) -> None:
@@ -31,3 +31,8 @@ def shutdown_distributed() -> None:
     """Leave the job; safe to call twice."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank died or did not answer within the timeout."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

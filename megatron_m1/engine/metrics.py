@@ -4,12 +4,14 @@ import json
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_m1.config.schema import LoggingConfig
+from megatron_m1.config.errors import ConfigError
+from megatron_m1.config.load import to_yaml
+from megatron_m1.config.schema import Config
 
 __all__ = ["MetricsLog"]
 
@@ -19,21 +21,20 @@ SHOWN = ("loss", "valid_loss", "grad_norm", "lr", "aux_loss", "tokens_per_s", "m
 class MetricsLog:
     """Writes a step's metrics where they are wanted; does nothing on ranks other than 0.
 
-    metrics.jsonl gets one JSON object per call at full precision (floats round-trip); nested dicts become `a/b` in TensorBoard.
-    On a terminal a progress bar, otherwise plain lines.
+    logging.dir gets config.yaml and metrics.jsonl, with one JSON object per call at full precision (floats round-trip), appended to
+    what an earlier run wrote; nested dicts become `a/b` in TensorBoard. On a terminal a progress bar, otherwise plain lines.
+    Raises ConfigError if logging.dir cannot be written.
     """
 
-    def __init__(self, config: LoggingConfig, *, rank: int, steps: int) -> None:
-        self.enabled, self.steps = rank == 0, steps
-        self.file = self.writer = self.progress = None
+    def __init__(self, config: Config, *, rank: int) -> None:
+        self.enabled, self.steps = rank == 0, config.training.steps
+        self.file: TextIO | None = None
+        self.writer: SummaryWriter | None = None
+        self.progress: Progress | None = None
         if not self.enabled:
             return
-        if config.dir is not None:
-            folder = Path(config.dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = (folder / "metrics.jsonl").open("a")
-            if config.tensorboard:
-                self.writer = SummaryWriter(str(folder))
+        if config.logging.dir is not None:
+            self._open(config, Path(config.logging.dir))
         if sys.stdout.isatty():
             self.progress = Progress(
                 TextColumn("{task.description}"),
@@ -42,8 +43,20 @@ class MetricsLog:
                 TimeRemainingColumn(),
                 transient=True,
             )
-            self.task = self.progress.add_task("training", total=steps)
+            self.task = self.progress.add_task("training", total=self.steps)
             self.progress.start()
+
+    def _open(self, config: Config, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            to_yaml(config, folder / "config.yaml")
+            self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            if config.logging.tensorboard:
+                self.writer = SummaryWriter(str(folder))
+        except OSError as error:
+            raise ConfigError(
+                f"logging.dir={folder} cannot be written: {error.strerror}; name a folder that can, or null."
+            ) from error
 
     def event(self, values: dict[str, Any]) -> None:
         """Record something that is not a step, in metrics.jsonl only."""
@@ -68,8 +81,10 @@ class MetricsLog:
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
         if self.enabled:
-            (self.progress.console.print if self.progress is not None else print)(text)
-            sys.stdout.flush()
+            if self.progress is not None:
+                self.progress.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, flush=True)
 
     def __enter__(self) -> "MetricsLog":
         return self

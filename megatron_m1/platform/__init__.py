@@ -4,6 +4,7 @@ Every entry point calls `setup()` before anything imports megatron.
 """
 
 import functools
+import logging
 import os
 import resource
 import sys
@@ -42,6 +43,10 @@ def setup() -> None:
     # Import-time remarks of core about Transformer Engine, Apex and its own experiments; `doctor` tells which backends run.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    if not is_cuda():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(
+            logging.ERROR
+        )  # warns where nvcc is found without a GPU
     without_te = not probe().transformer_engine.present
     if without_te or not is_cuda():
         cpu.install(without_cuda=not is_cuda(), without_te=without_te)

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_m1 import platform
-from megatron_m1.config.load import load_config, to_yaml
+from megatron_m1.config.load import load_config
 from megatron_m1.config.schema import Config
 from megatron_m1.config.validate import validate
 
@@ -32,6 +32,7 @@ def train(config: Config) -> None:
     Position in the data, learning rate and batch size are functions of the step alone, so that a resumed run is the same run.
     """
     from megatron_m1.checkpoint.native import Checkpointer
+    from megatron_m1.checkpoint.together import together
     from megatron_m1.data.batches import MicroBatches
     from megatron_m1.data.dataset import build_dataset
     from megatron_m1.engine.layer_stats import LayerStats
@@ -45,26 +46,30 @@ def train(config: Config) -> None:
 
     training, data = config.training, config.data
     groups = init_groups(config.parallel, seed=training.seed)
-    dataset = build_dataset(
-        data, seq_length=training.seq_length, seed=training.seed, split="train", vocab_size=config.model.vocab_size
-    )
-    evaluation = Evaluation(config, groups)
+    with together():
+        dataset = build_dataset(
+            data, seq_length=training.seq_length, seed=training.seed, split="train", vocab_size=config.model.vocab_size
+        )
+        evaluation = Evaluation(config, groups)
     trainer = Trainer(config, groups)
     checkpoints = Checkpointer(config, trainer)
     first = checkpoints.load() if config.checkpoint.load else 0
     throughput = Throughput(config, world_size=dist.get_world_size())
     stats = LayerStats(trainer)
-    stop = EarlyStop(exit_after_s=training.exit_after_s, device=trainer.device)
+    with together():
+        log = MetricsLog(config, rank=dist.get_rank())
 
     with (
-        MetricsLog(config.logging, rank=dist.get_rank(), steps=training.steps) as log,
+        log,
+        checkpoints,
+        EarlyStop(exit_after_s=training.exit_after_s, device=trainer.device) as stop,
         MicroBatches(dataset, document_boundaries=data.document_boundaries, num_workers=data.num_workers) as batches,
     ):
-        if log.enabled and config.logging.dir is not None:
-            to_yaml(config, os.path.join(config.logging.dir, "config.yaml"))
         log.event({"event": "start", "from_step": first, "process_groups": group_sizes(groups)})
         if evaluation.enabled:
-            log.event({"event": "evaluation", "step": first, "valid_loss": evaluation.loss(trainer)})
+            before = evaluation.loss(trainer)
+            log.event({"event": "evaluation", "step": first, "valid_loss": before})
+            log.say(f"held-out loss {before:.4f} before step {first + 1}")
         for step in range(first, training.steps):
             started = time.perf_counter()
             global_batch, lr = (
@@ -108,7 +113,8 @@ def train(config: Config) -> None:
             if reason:
                 log.say(f"stopping after step {step + 1}: {reason}")
                 break
-        checkpoints.finish()
+        if first >= training.steps:
+            log.say(f"nothing to do: {first} steps are done, training.steps={training.steps}")
 
 
 def _every(period: int, step: int) -> bool:

@@ -2,7 +2,8 @@
 
 import signal
 import time
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,15 +12,14 @@ __all__ = ["EarlyStop"]
 
 
 class EarlyStop:
-    """`reason()` says on every rank alike why the run should save and end, or None. SIGTERM and SIGUSR1 (what Slurm is asked
-    to send before its time limit) on any one rank are enough."""
+    """`reason()` says on every rank alike why the run should save and end, or None. Within the `with` block SIGTERM and SIGUSR1
+    (what Slurm is asked to send before its time limit) are noted; one on any rank is enough."""
 
     def __init__(self, *, exit_after_s: float | None, device: torch.device) -> None:
         self.deadline = None if exit_after_s is None else time.monotonic() + exit_after_s
         self.device = device
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        self.previous: dict[int, Any] = {}
 
     def reason(self) -> str | None:
         """One all-reduce of two integers; call once a step on every rank."""
@@ -30,6 +30,16 @@ class EarlyStop:
         if number:
             return signal.Signals(number).name
         return "training.exit_after_s" if late_anywhere else None
+
+    def __enter__(self) -> "EarlyStop":
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
