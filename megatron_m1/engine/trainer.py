@@ -62,7 +62,7 @@ class Trainer:
         self.core.grad_scale_func = None
         if config.parallel.overlap_grad_reduce:
             self.core.no_sync_func = _one_or_list([model.no_sync for model in self.models])
-            self.core.grad_sync_func = _one_or_list([model.start_grad_sync for model in self.models])
+            self.core.grad_sync_func = _one_or_list([partial(self._start_grad_sync, model) for model in self.models])
         if config.parallel.overlap_param_gather:
             self.core.param_sync_func = _one_or_list([model.start_param_sync for model in self.models])
 
@@ -125,6 +125,8 @@ class Trainer:
         batches = [MicroBatch.from_dict(batch, self.device) for batch in micro_batches]
         rows, length = batches[0].tokens.shape
         chunks = len(self.models)
+        for model in self.models:
+            model.force_all_reduce = not forward_only and self.force_all_reduce  # read by the hooks that overlap the reduction
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, scale=scale),
             data_iterator=iter(batches) if chunks == 1 else [iter(batches) for _ in range(chunks)],
@@ -136,6 +138,11 @@ class Trainer:
             pg_collection=self.groups if self.groups.pp.size() == 1 else None,
             force_all_reduce=False if forward_only else self.force_all_reduce,
         )
+
+    def _start_grad_sync(self, model: DistributedDataParallel, parameters: Iterable[Tensor]) -> None:
+        """What core's DistributedDataParallel.start_grad_sync does, which cannot be told to reduce in full."""
+        for bucket_group in model.bucket_groups + model.expert_parallel_bucket_groups:
+            bucket_group.start_grad_sync(force_all_reduce=self.force_all_reduce)
 
     def _finalize(
         self,
