@@ -54,7 +54,7 @@ stage "pretraining: $STEPS steps"
 launch pretrain --config examples/configs/tiny_cpu.yaml \
     --training.steps "$STEPS" --training.global_batch 8 --optimizer.lr 4e-3 \
     --data.train "[$OUT/data/train]" --data.valid "[$OUT/data/valid]" --data.tokenizer "$OUT/tokenizer" \
-    --checkpoint.save "$OUT/checkpoints" --logging.dir "$OUT/log" --logging.every_steps 10 "$@"
+    --checkpoint.save "$OUT/checkpoints" --logging.dir "$OUT/log" --logging.every_steps 10 --evaluation.every_steps 50 "$@"
 
 stage "export to Hugging Face format"
 "$PYTHON" tools/convert_checkpoint.py export --checkpoint "$OUT/checkpoints" --hf "$OUT/hf" --format minimax_m1 \

@@ -1,5 +1,7 @@
 """Held-out loss."""
 
+import math
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_m1.config.schema import Config
@@ -11,7 +13,10 @@ __all__ = ["Evaluation"]
 
 
 class Evaluation:
-    """loss(trainer) -> token-mean negative log-likelihood, nats, over the same held-out samples every time."""
+    """loss(trainer) -> token-mean negative log-likelihood, nats, over the same held-out samples every time.
+
+    Raises FloatingPointError on every rank if it is not finite.
+    """
 
     def __init__(self, config: Config, groups: ProcessGroupCollection) -> None:
         self.config, self.groups = config, groups
@@ -41,4 +46,9 @@ class Evaluation:
             )
             loss, tokens = trainer.evaluate(share)
             total, count = total + loss * tokens, count + tokens
-        return total / max(count, 1)
+        mean = total / max(count, 1)
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"valid_loss={mean} is not finite; resume from an earlier checkpoint with a lower optimizer.lr"
+            )
+        return mean

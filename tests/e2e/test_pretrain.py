@@ -257,26 +257,17 @@ def test_a_killed_rank_ends_the_job(folder, tmp_path, ranks):
 
 
 def test_a_loss_that_is_not_finite_ends_the_job(folder, tmp_path, ranks):
-    keys = {
-        "training.steps": 100,
-        "optimizer.lr": 1e18,
-        "schedule.warmup_steps": 4,
-        "logging.dir": tmp_path / "log",
-        "checkpoint.save": tmp_path / "checkpoints",
-        "checkpoint.every_steps": 1,
-    }
+    checkpoints = tmp_path / "checkpoints"
+    keys = {"checkpoint.save": checkpoints, "checkpoint.every_steps": 2, "logging.dir": tmp_path / "log"}
+    assert ranks(2, pretrain_rank, options(folder, keys | {"training.steps": 2})) == [None, None]
+    keys |= {"training.steps": 8, "checkpoint.load": checkpoints, "optimizer.lr": 1e30, "data.valid": "[]"}
     done = run(options(folder, keys), world=2)
     assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and "is not finite; lower optimizer.lr" in done.stderr, done.stderr
-    assert "[rank" in done.stderr and "]: Traceback" not in done.stderr
-    last = max(steps(tmp_path / "log"))
-    assert all(math.isfinite(entry["loss"]) for entry in steps(tmp_path / "log").values())
-    assert (tmp_path / "checkpoints/latest").read_text() == f"step_{last:08d}\n"
-    written = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert written == ["latest", *(f"step_{step:08d}" for step in range(1, last + 1))]
-    keys |= {"training.steps": 2, "checkpoint.load": tmp_path / "checkpoints/step_00000001"}
-    keys |= {"checkpoint.save": tmp_path / "elsewhere", "optimizer.lr": 1e-2, "logging.dir": tmp_path / "resumed"}
-    assert ranks(2, pretrain_rank, options(folder, keys)) == [None, None]
+    assert done.stderr.count("error: ") == 1 and "=nan is not finite; lower optimizer.lr" in done.stderr, done.stderr
+    assert "]: Traceback" not in done.stderr
+    assert sorted(steps(tmp_path / "log")) == [1, 2, 3]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000002"]
+    assert resumes(folder, checkpoints, tmp_path, ranks, world=2) == 2
 
 
 def test_an_unknown_key_is_refused_before_anything_else():
@@ -337,7 +328,7 @@ def test_bad_input_is_one_message_on_every_rank_and_writes_nothing(tmp_path, ran
     ours = {"logging.dir": tmp_path / "log", "checkpoint.save": tmp_path / "checkpoints"}
     first, second = ranks(2, pretrain_rank, options(folder, ours | keys))
     assert first is not None and first == second
-    assert message.replace("{folder}", str(folder)) in first and "\n" not in first
+    assert message.replace("{folder}", str(folder)) in first
     assert sorted(folder.rglob("*")) == before and sorted(tmp_path.iterdir()) == [folder]
 
 
