@@ -69,7 +69,7 @@ def draw(curves: dict[Path, tuple[dict[int, float], dict[int, float]]], output: 
             color = "tab:orange" if len(curves) == 1 else line.get_color()
             axes.plot(
                 *zip(*sorted(held_out.items()), strict=True),
-                "o--",
+                "o",
                 markersize=6,
                 color=color,
                 label=f"{prefix}held out",
