@@ -22,6 +22,12 @@ class MicroBatch:
     padding_mask: Tensor | None = None
     """[b, s] bool, True where a token is padding."""
 
+    @staticmethod
+    def shape(batch: dict[str, Any]) -> tuple[int, int]:
+        """(b, s) that `from_dict` gives to its tensors."""
+        rows, length = batch["tokens"].shape
+        return (1, rows * length) if batch.get("cu_seqlens") is not None else (rows, length)
+
     @classmethod
     def from_dict(cls, batch: dict[str, Any], device: torch.device) -> "MicroBatch":
         """From the data floor's dict (tensors [b, T], optionally cu_seqlens int32 [S+1] over the b*T tokens, padding_mask)."""

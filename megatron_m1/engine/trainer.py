@@ -122,16 +122,18 @@ class Trainer:
         return {name: sharded.data for name, sharded in sharded_parameters(self.models).items()}
 
     def _run(self, micro_batches: list[dict[str, Any]], *, forward_only: bool, scale: float) -> list[Tensor]:
-        batches = [MicroBatch.from_dict(batch, self.device) for batch in micro_batches]
-        rows, length = batches[0].tokens.shape
-        chunks = len(self.models)
+        rows, length = MicroBatch.shape(micro_batches[0])
+        # Each chunk brings its micro-batches to the device as it comes to them: a step can have a thousand.
+        batches = [(MicroBatch.from_dict(batch, self.device) for batch in micro_batches) for _ in self.models]
         for model in self.models:
-            model.force_all_reduce = not forward_only and self.force_all_reduce  # read by the hooks that overlap the reduction
+            model.force_all_reduce = (
+                not forward_only and self.force_all_reduce
+            )  # read by the hooks that overlap the reduction
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, scale=scale),
-            data_iterator=iter(batches) if chunks == 1 else [iter(batches) for _ in range(chunks)],
+            data_iterator=_one_or_list(batches),
             model=self.models,
-            num_microbatches=len(batches),
+            num_microbatches=len(micro_batches),
             seq_length=length,
             micro_batch_size=rows,
             forward_only=forward_only,
@@ -222,5 +224,6 @@ def _require_finite(name: str, value: float | None) -> None:
         )
 
 
-def _one_or_list(functions: list[Any]) -> Any:
-    return functions[0] if len(functions) == 1 else functions
+def _one_or_list(per_chunk: list[Any]) -> Any:
+    """What core takes: the one chunk's, or the list of a virtual pipeline."""
+    return per_chunk[0] if len(per_chunk) == 1 else per_chunk

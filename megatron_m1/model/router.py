@@ -67,7 +67,6 @@ class M1Router(TopKRouter):
         self.tokens_per_expert = torch.zeros(config.num_moe_experts, dtype=torch.float32)
         self.aux_loss_sum = torch.zeros(())
         self.z_loss_sum = torch.zeros(())
-        self.micro_batches = 0
         self.loss_scale = 1.0
 
     def reset_statistics(self, *, micro_batches: int) -> None:
@@ -76,7 +75,6 @@ class M1Router(TopKRouter):
         self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
         self.aux_loss_sum = torch.zeros((), device=device)
         self.z_loss_sum = torch.zeros((), device=device)
-        self.micro_batches = micro_batches
         replicas = self.tp_dp_cp_group.size() // self.statistics_group.size()
         self.loss_scale = 1.0 / (micro_batches * replicas)
 

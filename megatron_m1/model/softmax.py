@@ -86,5 +86,6 @@ class SoftmaxAttention(MegatronModule):
         if cache is not None:
             out = cache.softmax(self.layer_number, q, k, v, scale=scale)
         else:
-            out = softmax_attention(q, k, v, scale=scale, cu_seqlens=None if packed is None else packed.cu_seqlens_q)
+            cu_seqlens, longest = (None, None) if packed is None else (packed.cu_seqlens_q, packed.max_seqlen_q)
+            out = softmax_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=longest)
         return out.transpose(0, 1).reshape(seq, batch, -1)
