@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import struct
+from bisect import bisect_left
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -40,7 +41,7 @@ class TokenFile:
     """Memory-mapped pair PREFIX.bin / PREFIX.idx, checked at opening.
 
     tokens: [num_tokens] all documents end to end, in the file's dtype.
-    document_starts: [num_documents] int64, position of each document's first token in `tokens`.
+    The index stays on the disk, but for the pages in use.
     metadata: dict of PREFIX.meta.json, empty if there is none.
     Raises ConfigError, naming the file and the remedy, for a missing, truncated or foreign file, a .bin that does not
     match its .idx and, when vocab_size is given, token ids outside [0, vocab_size).  Ids are checked at opening through
@@ -70,10 +71,6 @@ class TokenFile:
     def num_tokens(self) -> int:
         return len(self.tokens)
 
-    @property
-    def num_documents(self) -> int:
-        return len(self.document_starts)
-
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) as int64 [count], ids checked against vocab_size."""
         ids = self.tokens[start : start + count].astype(np.int64)
@@ -85,8 +82,10 @@ class TokenFile:
 
     def starts_within(self, start: int, count: int) -> np.ndarray:
         """Offsets from `start` (int64, strictly increasing) of the documents that begin in [start, start + count)."""
-        low, high = np.searchsorted(self.document_starts, [start, start + count], side="left")
-        return np.unique(self.document_starts[low:high]) - start
+        # bisect instead of np.searchsorted, which would copy the whole array because the file does not align it.
+        low, high = (bisect_left(self._offsets, place * self.dtype.itemsize) for place in (start, start + count))
+        first, last = bisect_left(self._documents, low), bisect_left(self._documents, high)
+        return np.unique(self._offsets[self._documents[first:last]]) // self.dtype.itemsize - start
 
     def _read_index(self) -> None:
         size = os.path.getsize(self.idx_path)
@@ -142,15 +141,13 @@ class TokenFile:
             if lengths.min() < 0 or not np.array_equal(self._offsets[begin : begin + BLOCK], ends - lengths):
                 raise self._damaged_index("offsets that do not follow from its lengths")
             position = int(ends[-1])
-        documents, sequences = self._documents, len(self._lengths)
-        if documents[0] != 0 or documents[-1] != sequences or np.any(documents[1:] < documents[:-1]):
+        documents = self._documents
+        increasing = all(
+            np.all(part[1:] >= part[:-1])
+            for part in (documents[begin : begin + BLOCK + 1] for begin in range(0, len(documents), BLOCK))
+        )
+        if documents[0] != 0 or documents[-1] != len(self._lengths) or not increasing:
             raise self._damaged_index("document entries that do not run from 0 to its number of sequences")
-        if len(documents) == sequences + 1 and np.array_equal(documents, np.arange(sequences + 1)):
-            first = self._offsets
-        else:
-            nonempty = documents[:-1][documents[:-1] < documents[1:]]
-            first = self._offsets[nonempty]
-        self.document_starts = first // self.dtype.itemsize
 
     def _damaged_index(self, what: str) -> ConfigError:
         return ConfigError(

@@ -1,6 +1,8 @@
 """Token files against Megatron-Core's own reader and writer, and what damage to them gives."""
 
 import json
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +60,7 @@ def test_reads_core_files_with_several_sequences_a_document_and_empty_documents(
     builder.finalize(str(tmp_path / "core.idx"))
     file = TokenFile(tmp_path / "core", vocab_size=13)
     assert file.tokens.tolist() == list(range(13))
-    assert file.document_starts.tolist() == [0, 10]
+    assert file.starts_within(0, 13).tolist() == [0, 10]
     assert file.starts_within(1, 12).tolist() == [9]
 
 
@@ -72,12 +74,28 @@ def test_dtype_rule_is_cores(vocab_size: int) -> None:
 def test_starts_within(tmp_path: Path) -> None:
     prefix = write(tmp_path / "p", [np.arange(n) for n in (5, 3, 4)], np.dtype(np.uint16))
     file = TokenFile(prefix)
-    assert file.document_starts.tolist() == [0, 5, 8]
+    assert file.starts_within(0, 12).tolist() == [0, 5, 8]
     assert file.starts_within(0, 5).tolist() == [0]
     assert file.starts_within(0, 6).tolist() == [0, 5]
     assert file.starts_within(5, 3).tolist() == [0]
     assert file.starts_within(6, 2).tolist() == []
     assert file.starts_within(6, 3).tolist() == [2]
+
+
+def test_the_index_is_not_copied(tmp_path: Path) -> None:
+    count = 200_000
+    with TokenFileWriter(tmp_path / "p", np.dtype(np.uint16)) as writer:
+        (tmp_path / "shard").write_bytes(bytes(2 * count))
+        writer.add_shard(tmp_path / "shard", np.ones(count, np.int32), 0)
+    TokenFile(tmp_path / "p")  # what the first use imports
+    tracemalloc.start()
+    file = TokenFile(tmp_path / "p")
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    assert file.starts_within(count // 2, 3).tolist() == [0, 1, 2]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < count and peak - kept < count, "bytes, of 8 for each document"
 
 
 def truncate(path: str, size: int) -> None:
@@ -89,6 +107,12 @@ def patch(path: str, offset: int, data: bytes) -> None:
     with open(path, "r+b") as stream:
         stream.seek(offset)
         stream.write(data)
+
+
+def patch_documents(path: str) -> None:
+    """Documents 3 and 4 change places in an index of 17."""
+    at = HEADER.size + 12 * 17 + 3 * 8
+    patch(path, at, struct.pack("<qq", 4, 3))
 
 
 DAMAGE = {
@@ -104,6 +128,7 @@ DAMAGE = {
     "dtype code": (lambda p: patch(f"{p}.idx", 17, b"\x09"), r"dtype code 9"),
     "version": (lambda p: patch(f"{p}.idx", 9, b"\x02"), r"version 2"),
     "lengths": (lambda p: patch(f"{p}.idx", HEADER.size, b"\x01\0\0\0"), r"offsets that do not follow"),
+    "documents": (lambda p: patch_documents(f"{p}.idx"), r"document entries that do not run"),
     "foreign meta": (lambda p: Path(f"{p}.meta.json").write_text('{"tokens": 1}'), r"meta\.json does not describe"),
     "broken meta": (lambda p: Path(f"{p}.meta.json").write_text("{"), r"meta\.json is not valid JSON"),
 }
