@@ -13,6 +13,8 @@ from megatron_m1.model.build import lightning_layers, sharded_parameters
 __all__ = ["LayerStats"]
 
 SLOPE_EDGES = (1e-3, 1e-2, 1e-1)
+BLOCK_ELEMENTS = 1 << 24
+"""Weights whose update is formed in fp64 at a time."""
 SLOPE_GROUPS = ("slope<1e-3", "slope<1e-2", "slope<1e-1", "slope>=1e-1")
 
 
@@ -46,7 +48,7 @@ class LayerStats:
         """{"grad_norm": {key: norm}, "update_ratio": {key: ratio}}"""
         self.trainer.complete_parameters()
         weight = self._sum(lambda name, parameter: self.saved[name])
-        update = self._sum(lambda name, parameter: parameter.detach().double() - self.saved[name].double())
+        update = self._sum(lambda name, parameter: parameter.detach(), subtract=self.saved)
         self.saved = {}
         ratio = (update / weight.clamp(min=1e-300)).sqrt()
         return {
@@ -54,17 +56,16 @@ class LayerStats:
             "update_ratio": dict(zip(self.keys, ratio.tolist(), strict=True)),
         }
 
-    def _sum(self, values: Callable[[str, Tensor], Tensor]) -> Tensor:
-        """[keys] fp64: sums of squares of `values(name, parameter)` over the global tensors."""
+    def _sum(self, values: Callable[[str, Tensor], Tensor], subtract: dict[str, Tensor] | None = None) -> Tensor:
+        """[keys] fp64: sums of squares of `values(name, parameter)`, less `subtract[name]`, over the global tensors."""
         sums = torch.zeros(len(self.keys), dtype=torch.float64, device=self.trainer.device)
         for name, sharded in sharded_parameters(self.trainer.models).items():
             if is_main_replica(sharded.replica_id):
-                self._add(sums, name, values(name, sharded.data))
+                self._add(sums, name, _row_squares(values(name, sharded.data), subtract and subtract[name]))
         dist.all_reduce(sums)
         return sums
 
-    def _add(self, sums: Tensor, name: str, value: Tensor) -> None:
-        rows = value.detach().double().square().flatten(1).sum(dim=1) if value.dim() > 1 else value.double().square()
+    def _add(self, sums: Tensor, name: str, rows: Tensor) -> None:
         sums[self.keys.index(_group(name))] += rows.sum()
         if name.endswith("self_attention.qkv_proj.weight"):
             slopes = lightning_layers(self.trainer.models).get(int(name.split(".")[2]))
@@ -72,6 +73,17 @@ class LayerStats:
                 groups = torch.bucketize(slopes.cpu(), torch.tensor(SLOPE_EDGES), right=True)
                 first = len(self.keys) - len(SLOPE_GROUPS)
                 sums.index_add_(0, (groups + first).to(sums.device), rows.view(len(slopes), -1).sum(dim=1))
+
+
+def _row_squares(value: Tensor, subtract: Tensor | None) -> Tensor:
+    """[rows] fp64: sums of squares over the last dimension of `value - subtract`, a block of rows at a time."""
+    value = value.detach().flatten(0, -2) if value.dim() > 1 else value.detach()[None]
+    size = max(1, BLOCK_ELEMENTS // value.shape[1])
+    blocks = value.split(size)
+    if subtract is not None:
+        olds = subtract.view_as(value).split(size)
+        blocks = (new.double() - old for new, old in zip(blocks, olds, strict=True))
+    return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square() for block in blocks])
 
 
 def _group(name: str) -> str:
