@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from megatron_m1.config.layout import derived
 from megatron_m1.config.schema import Config, ModelConfig
-from megatron_m1.engine.flops import LIGHTNING_CHUNK, layer_parameters
+from megatron_m1.engine.flops import layer_parameters
 
 __all__ = ["MemoryEstimate", "estimate_memory", "stage_layers"]
 
 _FP32 = 4
+_CHUNK = 64
+"""Tokens of a chunk of lightning attention (kernels/chunked.py, which needs torch and so is not imported here)."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class MemoryEstimate:
     """What forward passes keep until their backward, plus the working set of one layer. Experts assumed balanced."""
     logits: float
     """fp32 logits and their gradient (last stage)."""
+    update: float
+    """What the update holds when activations and logits are gone: the optimizer's fp32 copy of bf16 gradients, and the copy of
+    the weights of steps with layer statistics."""
 
     @property
     def state(self) -> float:
@@ -30,7 +35,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        return self.state + self.activations + self.logits
+        return self.state + max(self.activations + self.logits, self.update)
 
 
 def estimate_memory(config: Config, world_size: int) -> list[MemoryEstimate]:
@@ -71,12 +76,16 @@ def _stage(config: Config, world_size: int, stage: int) -> MemoryEstimate:
         dense.add(model.hidden_size)
         dense.add(vocabulary, always_fp32=True)
     tokens = config.training.seq_length * config.training.micro_batch
+    weights = dense.weights + experts.weights
     return MemoryEstimate(
-        weights=dense.weights + experts.weights,
+        weights=weights,
         gradients=dense.gradients + experts.gradients,
         optimizer=dense.optimizer + experts.optimizer,
         activations=_activations(config, world_size, stage, kinds),
         logits=2 * _FP32 * tokens * model.vocab_size / parallel.tensor if is_last else 0.0,
+        update=dense.gradient_copy
+        + experts.gradient_copy
+        + (weights if config.logging.layer_stats_every_steps > 0 else 0.0),
     )
 
 
@@ -87,7 +96,7 @@ class _Tally:
         self.bf16 = config.training.precision == "bf16"
         self.gradient_bytes = _FP32 if config.training.grad_reduce_dtype == "fp32" else 2
         self.shards = replicas if config.parallel.distributed_optimizer else 1
-        self.weights = self.gradients = self.optimizer = 0.0
+        self.weights = self.gradients = self.optimizer = self.gradient_copy = 0.0
 
     def add(self, parameters: float, *, always_fp32: bool = False) -> None:
         low = self.bf16 and not always_fp32
@@ -95,13 +104,15 @@ class _Tally:
         self.gradients += parameters * (self.gradient_bytes if low else _FP32)
         moments_and_main = 3 if low else 2
         self.optimizer += parameters * moments_and_main * _FP32 / self.shards
+        if low and self.gradient_bytes < _FP32:
+            self.gradient_copy += parameters * _FP32 / self.shards
 
 
 def _activations(config: Config, world_size: int, stage: int, kinds: list[int]) -> float:
     training = config.training
     size = 2 if training.precision == "bf16" else _FP32
     in_flight = _in_flight(config, world_size, stage)  # micro-batches, each with all chunks of this stage
-    working = max(_layer(config, world_size, kind, drop=()) for kind in kinds)
+    working = max(_layer(config, world_size, kind, drop=()) + _states(config, kind) for kind in kinds)
     if training.recompute == "full":
         hidden_tokens = training.seq_length * training.micro_batch / _sequence_shards(config, world_size)
         group = min(training.recompute_layers, derived(config, world_size).layers_per_chunk)
@@ -152,6 +163,12 @@ def _attention(model: ModelConfig, kind: int, tokens: int, tensor: int, size: in
     if kind == 1:
         keys = model.num_key_value_heads * model.head_dim / tensor
         return tokens * (2 * inner + 2 * keys) * size, tokens * (2 * inner + 2 * keys) * size
-    states = tokens / LIGHTNING_CHUNK * inner * model.head_dim * _FP32
     around = tokens * (3 * inner * size + 4 * inner * size)  # qkv before SiLU; normed output, gate and their product
-    return around, tokens * 4 * inner * size + states
+    return around, tokens * 4 * inner * size
+
+
+def _states(config: Config, kind: int) -> float:
+    """Bytes of the chunk states and their gradients, which the backward pass of a lightning layer (kind 0) recomputes."""
+    model, tokens = config.model, config.training.seq_length * config.training.micro_batch
+    width = model.num_attention_heads / config.parallel.tensor * model.head_dim
+    return 2 * tokens / _CHUNK * width * model.head_dim * _FP32 if kind == 0 else 0.0

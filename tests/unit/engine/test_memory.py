@@ -61,3 +61,20 @@ def test_recomputation_and_sequence_parallelism_save_activations():
 def test_stages_of_the_interleaved_schedule():
     config = tiny(pipeline=2, virtual_pipeline=2)
     assert stage_layers(config, 0) == [0, 1, 4, 5] and stage_layers(config, 1) == [2, 3, 6, 7]
+
+
+def test_what_the_update_holds_beside_the_state():
+    """The fp32 copy of bf16 gradients, sharded with the optimizer, and the weights that layer statistics compare with."""
+    config = tiny(distributed_optimizer=False)
+    plain = estimate_memory(config, 2)[0]
+    assert plain.update == 0
+    config.training.grad_reduce_dtype = "bf16"
+    copied = estimate_memory(config, 2)[0]
+    low = plain.gradients - copied.gradients  # 2 bytes less for each bf16 parameter
+    assert copied.update == 2 * low > 0
+    config.parallel.distributed_optimizer = True
+    assert estimate_memory(config, 2)[0].update == low
+    config.logging.layer_stats_every_steps = 10
+    both = estimate_memory(config, 2)[0]
+    assert both.update == low + both.weights
+    assert both.total == both.state + max(both.activations + both.logits, both.update)
