@@ -4,7 +4,7 @@
 # Trains on the sources of the running Python's standard library, on 2 CPU processes, or on up to 2 GPUs where there are
 # any. Everything lands in runs/quickstart; a rerun starts over. Environment (for short trials):
 #   QUICKSTART_OUT        output folder (runs/quickstart)
-#   QUICKSTART_STEPS      optimizer steps (200)
+#   QUICKSTART_STEPS      optimizer steps (300)
 #   QUICKSTART_MEGABYTES  text used at most (all: 10)
 # Arguments go to the training command, e.g. --optimizer.lr 1e-3.
 set -euo pipefail
@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup_env.sh
 
 OUT="${QUICKSTART_OUT:-runs/quickstart}"
-STEPS="${QUICKSTART_STEPS:-200}"
+STEPS="${QUICKSTART_STEPS:-300}"
 MEGABYTES="${QUICKSTART_MEGABYTES:-1000}"
 read -r GPUS CORES < <("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
 RANKS=$((GPUS == 1 ? 1 : 2))

@@ -28,10 +28,10 @@ from megatron_m1.checkpoint.state import (
 from megatron_m1.checkpoint.together import from_rank_0, together
 from megatron_m1.checkpoint.writer import Writing
 from megatron_m1.config.errors import ConfigError
-from megatron_m1.config.schema import Config, ModelConfig
+from megatron_m1.config.schema import CheckpointConfig, Config, ModelConfig
 from megatron_m1.model.build import sharded_parameters
 
-__all__ = ["Checkpointer", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpointer", "check_save_folder", "load_checkpoint", "save_checkpoint"]
 
 NOT_ARCHITECTURE = {"init", "init_std"}
 CHANGEABLE = {"rope_theta", "max_position_embeddings"}
@@ -41,7 +41,8 @@ CHANGEABLE = {"rope_theta", "max_position_embeddings"}
 class Checkpointer:
     """Saves, asynchronously if `checkpoint.async_save`, to `checkpoint.save` and loads from `checkpoint.load`.
 
-    Call `poll` after every step and `finish` at the end, or use it as a context manager: leaving it without an error finishes.
+    Call `poll` after every step and `finish` at the end, or use it as a context manager: leaving it without an error, or with a
+    FloatingPointError, finishes.
     trainer: an engine.trainer.Trainer.  checksums: compare those of every file when loading (reads the checkpoint once more, spread
     over the ranks); without it only presence and size are checked beforehand.
     """
@@ -81,8 +82,20 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None or kind is FloatingPointError:  # every rank raises it, and what was saved before it is good
             self.finish()
+
+
+def check_save_folder(checkpoint: CheckpointConfig) -> None:
+    """Raises ConfigError if a run from step 0 would put its steps among those that `checkpoint.save` holds. Not collective."""
+    if checkpoint.save is None or (checkpoint.load is not None and not checkpoint.weights_only):
+        return
+    pointer = Path(checkpoint.save) / folders.LATEST
+    if pointer.exists():
+        raise ConfigError(
+            f"checkpoint.save={checkpoint.save} holds the steps of another run (newest: {pointer.read_text().strip()}), which a "
+            "run from step 0 would replace; set checkpoint.load to it to continue that run, or checkpoint.save to another folder."
+        )
 
 
 def save_checkpoint(trainer: Trained, config: Config, *, step: int) -> Path:

@@ -21,6 +21,7 @@ def init_groups(parallel: ParallelConfig, *, seed: int) -> ProcessGroupCollectio
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        distributed_timeout_minutes=parallel.timeout_s / 60,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_m1.platform.rank_pool import RankError
 from tests.e2e.pretrain_jobs import (
     ROOT,
     SEQ,
@@ -270,6 +271,18 @@ def test_a_loss_that_is_not_finite_ends_the_job(folder, tmp_path, ranks):
     assert resumes(folder, checkpoints, tmp_path, ranks, world=2) == 2
 
 
+def test_a_save_in_the_background_is_finished_when_the_loss_is_not_finite(folder, tmp_path, ranks):
+    keys = {
+        "checkpoint.save": tmp_path,
+        "checkpoint.every_steps": 1,
+        "checkpoint.async_save": "true",
+        "optimizer.lr": 1e30,
+    }
+    with pytest.raises(RankError, match=r"FloatingPointError: .*=nan is not finite"):
+        ranks(2, pretrain_rank, options(folder, keys | {"data.valid": "[]"}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
 def test_an_unknown_key_is_refused_before_anything_else():
     command = [sys.executable, "-m", "megatron_m1", "pretrain", "--training.stepz", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment())
@@ -292,7 +305,7 @@ def bad_tokenizer(folder: Path) -> None:
 
 
 def another_model(folder: Path) -> None:
-    """A checkpoint folder without anything in it."""
+    """`folder` as a save folder whose step has nothing in it."""
     (folder / "step_00000001").mkdir()
     (folder / "latest").write_text("step_00000001\n")
 
@@ -314,6 +327,12 @@ def another_model(folder: Path) -> None:
         (damaged_index, {}, "train.idx"),
         (bad_tokenizer, {"data.tokenizer": "{folder}"}, "tokenizer.json"),
         (another_model, {"checkpoint.load": "{folder}"}, "step_00000001"),
+        (another_model, {"checkpoint.save": "{folder}"}, "set checkpoint.load to it to continue that run"),
+        (
+            another_model,
+            {"checkpoint.save": "{folder}", "checkpoint.load": "{folder}", "checkpoint.weights_only": "true"},
+            "(newest: step_00000001), which a run from step 0 would replace",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", None) or str(value)[:40],
 )
