@@ -1,6 +1,7 @@
 """`pretrain --dry-run`: what a configuration would do on a given number of ranks, without a GPU or a process group."""
 
 import os
+from dataclasses import replace
 
 from megatron_m1.config import Config, ConfigError, derived, load_config, rank_groups, to_yaml, validate
 from megatron_m1.engine.flops import count_parameters, training_flops_per_token
@@ -11,6 +12,8 @@ __all__ = ["dry_run_report", "main"]
 
 _GIB = 2**30
 _SHOWN_GROUPS = 4
+_BF16_SUM_MICRO_BATCHES = 64
+"""More micro-batches than this lose much of their gradients in a bf16 sum, whose increments below 1/256 of it vanish."""
 
 
 def main(argv: list[str]) -> None:
@@ -37,8 +40,12 @@ def dry_run_report(config: Config, world_size: int) -> str:
         ("memory estimate per rank, GiB", _memory(config, world_size)),
         ("arithmetic", _arithmetic(config, world_size)),
         ("schedule", _schedule(config)),
+        ("warnings", _warnings(config, world_size)),
     )
-    return "\n\n".join(f"== {title}\n{text}" for title, text in sections) + "\n\ndry run: the configuration is valid"
+    return (
+        "\n\n".join(f"== {title}\n{text}" for title, text in sections if text)
+        + "\n\ndry run: the configuration is valid"
+    )
 
 
 def _take_world_size(argv: list[str]) -> tuple[int, list[str]]:
@@ -90,7 +97,18 @@ def _layout(config: Config, world_size: int) -> str:
     lines.append(
         f"sequence parallelism {sequence}; {sizes.micro_batches} micro-batches per step and data-parallel rank"
     )
+    if config.moe.aux_loss != "none":
+        lines.append(_balance(config, sizes.data))
     return "\n".join(lines)
+
+
+def _balance(config: Config, data: int) -> str:
+    """What one load-balancing statistic of a layer is taken over; data: data-parallel ranks."""
+    micro_batch, scope = config.training.micro_batch, config.moe.aux_loss
+    span, rule = micro_batch, f"training.micro_batch={micro_batch}"
+    if scope == "global":
+        span, rule = micro_batch * data, f"{rule} x {data} data-parallel ranks"
+    return f"expert balance statistics (moe.aux_loss={scope}) span {span} sequences: {rule}"
 
 
 def _memory(config: Config, world_size: int) -> str:
@@ -113,7 +131,20 @@ def _arithmetic(config: Config, world_size: int) -> str:
             f"{tokens:,d} tokens and {tokens * per_token / 1e12:.4g} TFLOP per step, "
             f"{tokens * per_token / 1e12 / world_size:.4g} TFLOP per rank",
             f"{total:,d} tokens in {training.steps} steps",
+            *([_head(config)] if config.parallel.pipeline > 1 else []),
         )
+    )
+
+
+def _head(config: Config) -> str:
+    """The work that only the last pipeline stage has: the head, which M1 computes in fp32."""
+    model, length = config.model, config.training.seq_length
+    head = 6 * model.vocab_size * model.hidden_size
+    kinds = [model.layer_types()[layer] for layer in stage_layers(config, config.parallel.pipeline - 1)]
+    stage = training_flops_per_token(replace(model, num_hidden_layers=len(kinds), attn_type_list=kinds), length) - head
+    return (
+        f"head: {head / 1e9:.4g} GFLOP per token in fp32, {head / stage:.0%} of the {stage / 1e9:.4g} GFLOP of its stage's "
+        f"layers in {config.training.precision}: the last stage is the slowest, and fp32 runs below the bf16 rate"
     )
 
 
@@ -126,6 +157,20 @@ def _schedule(config: Config) -> str:
     for step in sorted(point for point in points if point <= last):
         rate = learning_rate(step, schedule, config.optimizer, training.steps)
         lines.append(f"{step:10d} {rate:14.4g} {global_batch_at(step, training):13d}")
+    return "\n".join(lines)
+
+
+def _warnings(config: Config, world_size: int) -> str:
+    """One line for each; empty if there are none."""
+    lines = []
+    training, sizes = config.training, derived(config, world_size)
+    largest = max([training.global_batch, *(stage.global_batch for stage in training.batch_ramp)])
+    micro_batches = largest // (training.micro_batch * sizes.data)
+    if training.grad_reduce_dtype == "bf16" and micro_batches > _BF16_SUM_MICRO_BATCHES:
+        lines.append(
+            f"training.grad_reduce_dtype=bf16 sums up to {micro_batches} micro-batches per step and rank in bf16, which loses "
+            "increments below 1/256 of the sum; use fp32, more data-parallel ranks or a larger training.micro_batch."
+        )
     return "\n".join(lines)
 
 

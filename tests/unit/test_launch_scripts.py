@@ -51,6 +51,15 @@ def test_456b_dry_run_on_256_and_512_gpus(launcher, stage, nodes, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("stage, micro_batches", [("pretrain", 512), ("continual", 512)])
+def test_456b_presets_are_complete_without_a_script(stage, micro_batches):
+    configs = ["--config", "examples/configs/m1_456b.yaml", "--config", f"examples/configs/m1_456b_{stage}.yaml"]
+    done = run([sys.executable, "-m", "megatron_m1", "pretrain", *configs, "--dry-run", "--world-size", "512"])
+    assert done.returncode == 0, done.stderr
+    assert f"save: runs/m1_456b_{stage}/checkpoints" in done.stdout and f"dir: runs/m1_456b_{stage}/logs" in done.stdout
+    assert f"sums up to {micro_batches} micro-batches" in done.stdout
+
+
 def test_dry_run_refuses_a_world_that_does_not_divide():
     done = run(["bash", "examples/pretrain_456b.sh"], DRY_RUN="1", NNODES="3")
     assert done.returncode == 2

@@ -26,6 +26,24 @@ def test_takes_the_world_size_of_the_launcher(capsys, monkeypatch):
         main(["--training.global_batch=8"])
 
 
+def test_says_what_the_balance_statistics_span_and_what_the_head_costs(capsys):
+    options = [*LAYOUT, "--training.micro_batch=2", "--training.seq_length=32768", "--world-size=512"]
+    main([*options, "--training.global_batch=16", "--moe.aux_loss=global"])
+    text = capsys.readouterr().out
+    assert "(moe.aux_loss=global) span 16 sequences: training.micro_batch=2 x 8 data-parallel ranks" in text
+    # 6 * 200064 * 6144 against (301.8 - 7.375) / 8 for the ten layers of the last stage, which has 2 of 10 softmax layers.
+    assert "head: 7.375 GFLOP per token in fp32, 20% of the 37.36 GFLOP of its stage's layers" in text
+    main([*options, "--training.global_batch=16"])
+    assert "(moe.aux_loss=micro_batch) span 2 sequences: training.micro_batch=2\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("micro_batches, dtype, warned", [(65, "bf16", True), (64, "bf16", False), (65, "fp32", False)])
+def test_warns_of_many_micro_batches_summed_in_bf16(micro_batches, dtype, warned, capsys):
+    main([f"--training.global_batch={micro_batches}", f"--training.grad_reduce_dtype={dtype}"])
+    warning = f"grad_reduce_dtype=bf16 sums up to {micro_batches} micro-batches per step and rank in bf16"
+    assert (warning in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize("world_size", ["0", "x", "-1"])
 def test_bad_world_size(world_size):
     with pytest.raises(ConfigError, match="--world-size="):
