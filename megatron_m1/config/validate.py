@@ -282,8 +282,8 @@ def _data(config: Config) -> Iterator[str]:
             continue
         if len(weights) != len(prefixes):
             yield f"data.{name}_weights has {len(weights)} entries but data.{name} has {len(prefixes)}; give one weight each."
-        if any(not (weight >= 0 and math.isfinite(weight)) for weight in weights) or not sum(weights) > 0:
-            yield f"data.{name}_weights={weights} must be 0 or more and not all 0."
+        if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+            yield f"data.{name}_weights={weights} must be above 0; leave out the prefixes that are not wanted."
     if data.eod_token_id is not None and data.eod_token_id >= config.model.vocab_size:
         yield (
             f"data.eod_token_id={data.eod_token_id} must be below model.vocab_size={config.model.vocab_size}; "

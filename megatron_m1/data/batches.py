@@ -107,10 +107,16 @@ class MicroBatches:
 
 
 def evaluation_steps(dataset: Dataset, batches: int, global_batch: int) -> int:
-    """Global batches of one evaluation: `batches`, or fewer so that no held-out window is read twice; at least 1.
+    """Global batches of one evaluation: `batches`, or fewer so that no held-out window is read twice.
 
     Evaluation k of them is always `step(k * global_batch, ...)`: the same samples every time, in file order.
+    Raises ConfigError if the windows do not fill one global batch.
     """
     if dataset.windows is None:
         return batches
-    return max(1, min(batches, dataset.windows // global_batch))
+    if dataset.windows < global_batch:
+        raise ConfigError(
+            f"data.valid holds {dataset.windows} windows of training.seq_length, fewer than training.global_batch="
+            f"{global_batch}; add held-out text, lower training.global_batch or training.seq_length, or set data.valid=[]."
+        )
+    return min(batches, dataset.windows // global_batch)

@@ -93,7 +93,9 @@ def test_validation_is_read_in_order(config: DataConfig) -> None:
     assert tokens.tolist() == data.files[0].tokens[: data.windows * 8].tolist()
     assert evaluation_steps(data, 100, 4) == data.windows // 4
     assert evaluation_steps(data, 2, 4) == 2
-    assert evaluation_steps(data, 2, 10**6) == 1
+    assert evaluation_steps(data, 2, data.windows) == 1
+    with pytest.raises(ConfigError, match=f"data.valid holds {data.windows} windows .* training.global_batch=1000000"):
+        evaluation_steps(data, 2, 10**6)
 
 
 def test_document_boundaries(tmp_path: Path) -> None:
