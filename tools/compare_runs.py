@@ -3,7 +3,7 @@
 python tools/compare_runs.py --reference DIR [--band DIR | --bound X] [--from-step N] RUN_DIR ...
 Prints one line per run: the largest relative difference of loss and gradient norm over the steps both have, and tokens/s
 and MFU over the second half. Exit code 1 if a loss differs by more than the bound, or than the run `--band` (another
-seed) does.
+seed) does, 2 if a run cannot be read.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import json
 import math
 import sys
 from pathlib import Path
+
+from megatron_m1.config.errors import ConfigError
 
 
 def main() -> int:
@@ -50,7 +52,9 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        sys.exit(f"error: {folder}/metrics.jsonl cannot be read: {error.strerror}; name a run's logging.dir.")
+        raise ConfigError(
+            f"{folder}/metrics.jsonl cannot be read: {error.strerror}; name a run's logging.dir."
+        ) from error
     entries = [json.loads(line) for line in lines]
     return {entry["step"]: entry for entry in entries if "step" in entry and "loss" in entry}
 
@@ -71,4 +75,8 @@ def late_mean(run: dict[int, dict], key: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -17,13 +17,13 @@ SHOWN = 10
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done or equal, 1 different or bad input."""
+    """Exit code: 0 done or equal, 1 different, 2 bad input."""
     arguments = parse(argv)
     try:
         return {"import": run_import, "export": run_export, "verify": run_verify}[arguments.action](arguments)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
 
 
 def run_import(arguments: argparse.Namespace) -> int:

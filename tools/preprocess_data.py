@@ -7,9 +7,9 @@ import argparse
 import signal
 import sys
 import time
-from pathlib import Path
 
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.data.inputs import read_input_list
 from megatron_m1.data.preprocess import PreprocessError, PreprocessOptions, preprocess
 
 
@@ -81,9 +81,7 @@ def parse_arguments() -> PreprocessOptions:
     )
     add("--overwrite", action="store_true", help="replace existing output")
     args = parser.parse_args()
-    inputs = list(args.input)
-    if args.input_list:
-        inputs += [line for line in Path(args.input_list).read_text(encoding="utf-8").splitlines() if line]
+    inputs = args.input + (read_input_list(args.input_list) if args.input_list else [])
     if not inputs:
         parser.error("give --input or --input-list")
     return PreprocessOptions(
@@ -103,7 +101,11 @@ def parse_arguments() -> PreprocessOptions:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by SIGTERM; no token file was written."))
-    options = parse_arguments()
+    try:
+        options = parse_arguments()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     progress = Progress()
     try:
         summary = preprocess(options, progress=progress.update, report=progress.report)

@@ -5,13 +5,14 @@ python tools/train_tokenizer.py --input FILES --vocab-size N --output DIR
 
 import argparse
 import sys
-from pathlib import Path
 
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.data.inputs import read_input_list
 from megatron_m1.data.train_tokenizer import train_tokenizer
 
 
 def main() -> int:
+    """Exit code: 0; 1 if the work failed; 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
@@ -34,12 +35,10 @@ def main() -> int:
     add("--json-key", default="text", metavar="KEY")
     add("--overwrite", action="store_true", help="replace an existing tokenizer")
     args = parser.parse_args()
-    inputs = list(args.input)
-    if args.input_list:
-        inputs += [line for line in Path(args.input_list).read_text(encoding="utf-8").splitlines() if line]
-    if not inputs:
+    if not args.input and not args.input_list:
         parser.error("give --input or --input-list")
     try:
+        inputs = args.input + (read_input_list(args.input_list) if args.input_list else [])
         size, skipped = train_tokenizer(
             inputs,
             args.output,
@@ -50,7 +49,7 @@ def main() -> int:
         )
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     print(f"{args.output}: {size:,} tokens (asked for {args.vocab_size:,}); {skipped:,} bad records left out")
     return 0
 

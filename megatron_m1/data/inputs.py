@@ -16,7 +16,7 @@ import orjson
 
 from megatron_m1.config.errors import ConfigError
 
-__all__ = ["BadRecord", "Piece", "PieceReader", "plan_pieces"]
+__all__ = ["BadRecord", "Piece", "PieceReader", "plan_pieces", "read_input_list"]
 
 BOM = b"\xef\xbb\xbf"
 UNREADABLE = (".zst", ".xz", ".bz2", ".zip", ".gz", ".parquet", ".arrow", ".tar")
@@ -52,6 +52,21 @@ class BadRecord:
     line: int
     reason: str
     raw: str
+
+
+def read_input_list(path: str) -> list[str]:
+    """The inputs that the text file `path` names, one a line; empty lines are left out.  Raises ConfigError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(
+            f"--input-list {path} cannot be read: {reason}; name a text file with one input a line."
+        ) from error
+    inputs = [line for line in lines if line]
+    if not inputs:
+        raise ConfigError(f"--input-list {path} names no input; write one file or directory a line.")
+    return inputs
 
 
 def plan_pieces(inputs: list[str], globs: list[str]) -> list[Piece]:

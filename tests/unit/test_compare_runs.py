@@ -41,4 +41,4 @@ def test_no_common_step_nan_or_missing_file_fails(tmp_path):
     assert compare("--reference", reference, "--bound", "1", write(tmp_path / "later", [4.0], first=9)).returncode == 1
     assert compare("--reference", reference, "--bound", "1", write(tmp_path / "nan", [float("nan")])).returncode == 1
     done = compare("--reference", reference, "--bound", "1", str(tmp_path / "nowhere"))
-    assert done.returncode == 1 and "cannot be read" in done.stderr
+    assert done.returncode == 2 and "cannot be read" in done.stderr

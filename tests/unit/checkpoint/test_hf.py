@@ -405,4 +405,4 @@ def test_command_line_as_a_process_ends_bad_input_with_one_line(tmp_path):
         tmp_path,
     ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
