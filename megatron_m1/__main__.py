@@ -19,18 +19,21 @@ __all__ = ["main"]
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0; 1 if the equality table is out of bounds; 2 for bad input (a ConfigError, told once per job); 3 for
-    a loss or gradient that is not finite; 4 if another rank died or hangs.
+    a loss or gradient that is not finite; 4 if another rank died or hangs; 130 for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     command, options = (argv[0], argv[1:]) if argv else ("--help", [])
     try:
         return _dispatch(command, options)
     except ConfigError as error:
-        _tell_once(f"error: {error}")
+        _tell_once(f"error: {error}", same_on_the_node=True)
         return 2
     except FloatingPointError as error:
         _tell_once(f"error: {error}")
         return 3
+    except KeyboardInterrupt:
+        _tell_once("interrupted")
+        return 130
     except RuntimeError as error:
         from megatron_m1.engine.distributed import lost_a_rank
 
@@ -72,27 +75,35 @@ def _dispatch(command: str, options: list[str]) -> int:
     return 0
 
 
-def _tell_once(message: str) -> None:
-    """Print to stderr, on one rank of the job only: the first that gets here, known through torchrun's store."""
+def _tell_once(message: str, *, same_on_the_node: bool = False) -> None:
+    """Print to stderr, on one rank of the job only: the first that gets here, known through the job's store.
+
+    Without a store (srun, before the ranks have met) every rank prints, so that no message is lost; with
+    same_on_the_node only the first of each node, since its ranks read the same files.
+    """
     rank, world_size = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         print(message, file=sys.stderr, flush=True)
-    elif _first_to_tell():
+    elif _first_to_tell(without_store=not same_on_the_node or os.environ.get("LOCAL_RANK", "0") == "0"):
         print(f"[rank {rank}] {message}", file=sys.stderr, flush=True)
 
 
-def _first_to_tell() -> bool:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    from torch.distributed import DistError, TCPStore
+def _first_to_tell(*, without_store: bool) -> bool:
+    import torch.distributed as dist
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        store: dist.Store
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        elif dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+        else:
+            return without_store
         return store.add(f"megatron_m1/told/{attempt}", 1) == 1
-    except (DistError, KeyError, RuntimeError):
-        return True  # the launcher is gone already: better told twice than never
+    except (dist.DistError, KeyError, RuntimeError):
+        return True  # who holds the store is gone already: better told twice than never
 
 
 if __name__ == "__main__":

@@ -52,6 +52,29 @@ def test_only_the_first_rank_to_fail_tells(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
-    assert [_first_to_tell() for _ in range(3)] == [True, False, False]
+    assert [_first_to_tell(without_store=True) for _ in range(3)] == [True, False, False]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert _first_to_tell()
+    assert _first_to_tell(without_store=False)
+
+
+def first_to_tell(rank, world):
+    from megatron_m1.__main__ import _first_to_tell
+
+    return _first_to_tell(without_store=False)
+
+
+def test_without_torchrun_the_ranks_that_have_met_share_a_store(ranks):
+    assert sorted(ranks(3, first_to_tell)) == [False, False, True]
+
+
+@pytest.mark.parametrize("same_on_the_node, told", [(True, [0]), (False, [0, 1])])
+def test_before_the_ranks_have_met_one_of_a_node_tells(same_on_the_node, told, capsys, monkeypatch):
+    from megatron_m1.__main__ import _tell_once
+
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    for local_rank in range(2):
+        monkeypatch.setenv("RANK", str(8 + local_rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        _tell_once("error: no such file", same_on_the_node=same_on_the_node)
+    assert capsys.readouterr().err == "".join(f"[rank {8 + local}] error: no such file\n" for local in told)
