@@ -19,22 +19,29 @@ def main(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m megatron_m1 equality", description=__doc__)
     parser.add_argument(
-        "--ranks", type=int, default=4, help="largest world size; larger layouts are left out (and named)"
+        "--ranks",
+        type=int,
+        default=4,
+        help="largest world size, on GPUs at most as many as there are; larger layouts are left out (and named)",
     )
     parser.add_argument("--only", default="", help="only layouts whose name contains this")
     options = parser.parse_args(argv)
+    gpus = platform.device_count()
+    ranks, limit = options.ranks, f"--ranks {options.ranks}"
+    if gpus is not None and gpus < ranks:
+        ranks, limit = gpus, f"this machine has {gpus} GPUs"
     print(f"relative to one rank, fp32, 5 optimizer steps; bound {BOUND:g}; per tensor ||a-b||/||b||")
     header = f"{'layout':28} {'ranks':>5} {'loss':>8} {'grad norm':>9} {'aux loss':>8} {'gradient':>8} {'weight':>8}  worst gradient"
     print(header + "\n" + "-" * len(header))
     failed = []
-    with RankPool(options.ranks) as pool:
+    with RankPool(ranks) as pool:
         run = functools.partial(pool.run, run_layout, timeout_s=600)
         reference = run((equality_config({}, {}),), world=1)[0]
         for name, (world, parallel, training) in LAYOUTS.items():
             if options.only not in name:
                 continue
-            if world > options.ranks:
-                print(f"{name:28} {world:>5}  left out: --ranks {options.ranks}")
+            if world > ranks:
+                print(f"{name:28} {world:>5}  left out: {limit}")
                 continue
             started = time.perf_counter()
             d = compare(reference, run((equality_config(parallel, training),), world=world))

@@ -17,6 +17,7 @@ from megatron_m1.platform.packages import Backends, doctor_report, probe
 __all__ = [
     "Backends",
     "device",
+    "device_count",
     "device_name",
     "distributed_backend",
     "doctor_report",
@@ -61,6 +62,11 @@ def is_cuda() -> bool:
 def device() -> torch.device:
     """The device of this rank: cpu, or cuda:LOCAL_RANK (cuda:0 without that variable)."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_cuda() else torch.device("cpu")
+
+
+def device_count() -> int | None:
+    """GPUs of this machine, each of which takes one rank; None on CPU, which any number of ranks share."""
+    return torch.cuda.device_count() if is_cuda() else None
 
 
 def device_name() -> str:
