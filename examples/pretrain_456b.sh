@@ -67,6 +67,8 @@ if [[ "${DRY_RUN:-0}" == 1 ]]; then
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+# Megatron-Core asks for one connection with sequence parallelism, so that communication starts in launch order.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 # How long torchrun waits on SIGTERM for the checkpoint; torch versions without the option wait 30 s.
 if [[ "$("$PYTHON" -m torch.distributed.run --help)" == *--shutdown-timeout* ]]; then
