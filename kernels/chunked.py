@@ -34,10 +34,26 @@ def lightning_attention_chunked(
 
     Saves only its inputs for the backward. Time and memory are linear in T.
     """
+    if cu_seqlens is not None and (documents := _equal_documents(cu_seqlens, q.shape[1])):
+        # A pack of equal documents is a dense batch, which needs no gathering into chunks.
+        q, k, v = (x[0].unflatten(0, (documents, -1)) for x in (q, k, v))
+        o, final_state = lightning_attention_chunked(
+            q, k, v, slopes, initial_state=initial_state, return_final_state=True
+        )
+        o = o.flatten(0, 1).unsqueeze(0)
+        return (o, final_state) if return_final_state else o
     batch, tokens = q.shape[:2]
     grid = build_grid(batch, tokens, cu_seqlens, chunk_size(q.shape[-1]), q.device)
     o, final_state = _Chunked.apply(q, k, v, slopes, initial_state, grid, return_final_state)
     return (o, final_state) if return_final_state else o
+
+
+def _equal_documents(cu_seqlens: torch.Tensor, tokens: int) -> int:
+    """How many documents fill the pack of `tokens` if all are equally long, else 0."""
+    documents = len(cu_seqlens) - 1
+    if documents < 1 or tokens % documents:
+        return 0
+    return documents if cu_seqlens.tolist() == list(range(0, tokens + 1, max(tokens // documents, 1))) else 0
 
 
 def chunk_size(head_dim: int) -> int:

@@ -3,6 +3,7 @@
 Every entry point calls `setup()` before anything imports megatron.
 """
 
+import ctypes
 import functools
 import logging
 import os
@@ -41,6 +42,8 @@ def setup() -> None:
     from megatron_m1.platform import cpu
 
     cpu.check_version()
+    if not is_cuda():
+        _keep_freed_memory()
     # Import-time remarks of core about Transformer Engine, Apex and its own experiments; `doctor` tells which backends run.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
@@ -67,6 +70,15 @@ def device() -> torch.device:
 def device_count() -> int | None:
     """GPUs of this machine, each of which takes one rank; None on CPU, which any number of ranks share."""
     return torch.cuda.device_count() if is_cuda() else None
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse freed blocks: by default it gives a step's activations back to the kernel and faults them in again."""
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def device_name() -> str:

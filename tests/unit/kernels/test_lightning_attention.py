@@ -217,3 +217,21 @@ def test_backward_keeps_nothing_but_the_inputs() -> None:
 def test_the_oracle_is_not_trivial() -> None:
     for name, expected in oracle(Case(tokens=C + 1)).items():
         assert expected.abs().mean() > 0.1, name
+
+
+def test_a_pack_of_equal_documents_is_the_dense_batch():
+    q, k, v = (torch.randn(1, 96, 3, 16, requires_grad=True) for _ in range(3))
+    s, state = slopes(3, 0, 4), torch.randn(3, 3, 16, 16)
+    packed = lightning_attention(
+        q,
+        k,
+        v,
+        s,
+        initial_state=state,
+        cu_seqlens=torch.tensor([0, 32, 64, 96], dtype=torch.int32),
+        return_final_state=True,
+    )
+    dense = lightning_attention(
+        *(x.view(3, 32, 3, 16) for x in (q, k, v)), s, initial_state=state, return_final_state=True
+    )
+    assert torch.equal(packed[0].view(3, 32, 3, 16), dense[0]) and torch.equal(packed[1], dense[1])
