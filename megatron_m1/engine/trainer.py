@@ -45,12 +45,15 @@ class Trainer:
 
     The loss of a step is sum(mask * nll) / sum(mask) over the GLOBAL batch: the denominator is reduced before the forward pass, so
     that micro-batches with different numbers of tokens (or none) weigh in rightly in every layout.
+    train: False for the model alone, without gradient buffers and optimizer.  initial_weights: as for `build_model`.
     """
 
-    def __init__(self, config: Config, groups: ProcessGroupCollection, *, train: bool = True) -> None:
+    def __init__(
+        self, config: Config, groups: ProcessGroupCollection, *, train: bool = True, initial_weights: bool = True
+    ) -> None:
         self.config, self.groups = config, groups
         self.device = platform.device()
-        plain = build_model(config, groups)
+        plain = build_model(config, groups, initial_weights=initial_weights)
         self.core = plain[0].config
         self.models: list[Any] = plain
         if not train:

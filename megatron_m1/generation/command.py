@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     )
     init_distributed(config.parallel.timeout_s)
     groups = init_groups(config.parallel, seed=options.seed)
-    trainer = Trainer(config, groups, train=False)
+    trainer = Trainer(config, groups, train=False, initial_weights=False)
     load_checkpoint(trainer, config, path=step, weights_only=True)
     start = time.perf_counter()
     completions = generate(trainer.models[0], groups, prompts, sampling, batch_size=options.batch_size)

@@ -19,10 +19,13 @@ from megatron_m1.model.transformer_config import core_config
 __all__ = ["build_model", "lightning_layers", "model_sharded_state", "routers", "sharded_parameters"]
 
 
-def build_model(config: Config, groups: ProcessGroupCollection, *, device: torch.device | None = None) -> list[M1Model]:
+def build_model(
+    config: Config, groups: ProcessGroupCollection, *, device: torch.device | None = None, initial_weights: bool = True
+) -> list[M1Model]:
     """This rank's model chunks (one, or one per virtual pipeline stage), initialised from training.seed.
 
     device: where the parameters live; None for the platform's. On the meta device nothing is initialised.
+    initial_weights: False where a checkpoint is loaded next; until then the matrices are undefined.
     """
     core = core_config(config)
     device = device or platform.device()
@@ -41,7 +44,7 @@ def build_model(config: Config, groups: ProcessGroupCollection, *, device: torch
                     vp_stage=stage if chunks > 1 else None,
                 )
             )
-    if device.type != "meta":
+    if initial_weights and device.type != "meta":
         initialize(sharded_parameters(models), config.model, seed=config.training.seed)
     return models
 

@@ -31,7 +31,7 @@ def train(config: Config) -> None:
 
     Position in the data, learning rate and batch size are functions of the step alone, so that a resumed run is the same run.
     """
-    from megatron_m1.checkpoint.native import Checkpointer
+    from megatron_m1.checkpoint.native import Checkpointer, check_save_folder
     from megatron_m1.checkpoint.together import together
     from megatron_m1.data.batches import MicroBatches
     from megatron_m1.data.dataset import build_dataset
@@ -47,11 +47,12 @@ def train(config: Config) -> None:
     training, data = config.training, config.data
     groups = init_groups(config.parallel, seed=training.seed)
     with together():
+        check_save_folder(config.checkpoint)
         dataset = build_dataset(
             data, seq_length=training.seq_length, seed=training.seed, split="train", vocab_size=config.model.vocab_size
         )
         evaluation = Evaluation(config, groups)
-    trainer = Trainer(config, groups)
+    trainer = Trainer(config, groups, initial_weights=config.checkpoint.load is None)
     checkpoints = Checkpointer(config, trainer)
     first = checkpoints.load() if config.checkpoint.load else 0
     throughput = Throughput(config, world_size=dist.get_world_size())

@@ -73,9 +73,18 @@ def batches(step: int, data_rank: int, data_size: int) -> list[dict[str, torch.T
 
 def make_trainer(config: Config) -> Any:
     from megatron_m1.engine.trainer import Trainer
+    from megatron_m1.model.build import sharded_parameters
     from megatron_m1.parallel import init_groups
 
-    return Trainer(config, init_groups(config.parallel, seed=config.training.seed))
+    groups = init_groups(config.parallel, seed=config.training.seed)
+    trainer = Trainer(config, groups, initial_weights=config.checkpoint.load is None)
+    if config.checkpoint.load is not None:
+        weights = [sharded.data for sharded in sharded_parameters(trainer.models).values()]
+        main = [weight for group in trainer.optimizer.param_groups for weight in group["params"]]
+        with torch.no_grad():  # whatever is not loaded shows
+            for weight in weights + main:
+                weight.fill_(float("nan"))
+    return trainer
 
 
 def steps(trainer: Any, first: int, last: int) -> list[tuple[float, float]]:
