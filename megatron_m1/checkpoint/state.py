@@ -9,7 +9,9 @@
 The optimizer's hyperparameters are not stored: they come from the configuration; its step count stands in the plain state.
 """
 
-from dataclasses import replace
+from collections import ChainMap
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,8 +27,6 @@ from megatron_m1 import platform
 
 __all__ = ["OptimizerState", "Trained", "optimizer_step", "rng_state", "set_rng_state"]
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-"""How core lays out its distributed optimizer: by parameter, so that any layout can load it (its default raises)."""
 PREFIX = "optimizer.state."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -46,34 +46,37 @@ class Trained(Protocol):
 class OptimizerState:
     """The optimizer's state on this rank as `tensors`: stored name -> ShardedTensor.
 
-    weights: native name -> ShardedTensor of the live parameter. The data is a gathered copy for core's distributed optimizer
-    (collective over its data-parallel group; with `loading`, an empty buffer of the right shape), else the live state.
+    weights: native name -> ShardedTensor of the live parameter. Without core's distributed optimizer the data is the live state.
+    With it, each parameter's state is put together on one of its data-parallel ranks, which saves it from the host's memory
+    (collective over the data-parallel group; the other ranks have no tensor of it), and `loading` gives empty tensors in the
+    host's memory for the parameters that this rank has a part of.  Core's own way takes memory for all of them on every rank.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, weights: dict[str, ShardedTensor], *, loading: bool) -> None:
         self.optimizer, self.weights = optimizer, weights
+        self.names = _names(weights)  # reading takes the parameters out of `weights`
         parts = chained(optimizer)
         for part in parts:
             if not part.optimizer.state:
                 part.init_state_fn(part.optimizer, part.config)
-        self.nested = None
-        if all(isinstance(part, DistributedOptimizer) for part in parts):
+        self.distributed = all(isinstance(part, DistributedOptimizer) for part in parts)
+        if self.distributed:
+            self.tensors: dict[str, ShardedTensor] = {}
             for part in parts:
                 correct_order(part)
-            self.nested = optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=METADATA)
-            tensors = {tensor.key: tensor for tensor in _sharded_tensors(self.nested)}
+                self.tensors |= (_wanted_tensors if loading else _gathered_tensors)(part, weights)
         else:
-            tensors = _live_tensors(parts, weights)
-        self.fp32 = {
-            f"{PREFIX}param.{name}": weight for name, weight in weights.items() if weight.dtype == torch.float32
-        }
-        self.tensors = {key: tensor for key, tensor in tensors.items() if key not in self.fp32}
+            self.tensors = _live_tensors(parts, weights)
 
     def restore(self, loaded: dict[str, torch.Tensor], *, step: int) -> None:
         """Take over what was read for `tensors`; the weights must be in place already."""
-        if self.nested is not None:
-            weights = {key: weight.data for key, weight in self.fp32.items()}
-            self.optimizer.load_state_dict(_with_data(self.nested, weights | loaded))
+        if self.distributed:
+            for part in chained(self.optimizer):
+                for name, _, shard in _parameters(part, self.names):
+                    if shard is not None:
+                        for kind, value in shard.values.items():
+                            if (key := _stored_name(kind, self.weights[name])) is not None:
+                                value.copy_(loaded[key].flatten()[shard.window])
         else:
             for key, tensor in self.tensors.items():
                 tensor.data.copy_(loaded[key])
@@ -112,29 +115,85 @@ def _live_tensors(parts: list[MegatronOptimizer], weights: dict[str, ShardedTens
     fp32 weights (core/optimizer/optimizer.py:1147, 0.19.2: it numbers the bf16 ones only)."""
     state = {id(param): values for part in parts for param, values in part.optimizer.state.items()}
     tensors = {}
-    for name, weight in weights.items():
+    for weight in weights.values():
         main = weight.data if weight.dtype == torch.float32 else weight.data.main_param
         values = {"param": main.detach(), **{key: state[id(main)][key] for key in MOMENTS}}
         for kind, value in values.items():
-            key = f"{PREFIX}{kind}.{name}"
-            tensors[key] = replace(weight, key=key, data=value, dtype=value.dtype)
+            if (key := _stored_name(kind, weight)) is not None:
+                tensors[key] = replace(weight, key=key, data=value, dtype=value.dtype)
     return tensors
 
 
-def _sharded_tensors(nested: Any) -> list[ShardedTensor]:
-    if isinstance(nested, ShardedTensor):
-        return [nested]
-    children = nested.values() if isinstance(nested, dict) else nested if isinstance(nested, list) else ()
-    return [tensor for child in children for tensor in _sharded_tensors(child)]
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's part of the state of one parameter."""
+
+    window: slice
+    """Of the flattened parameter."""
+    values: dict[str, torch.Tensor]
+    """The live fp32 main weight ("param") and moments, flat."""
 
 
-def _with_data(nested: Any, data: dict[str, torch.Tensor]) -> Any:
-    """`nested` with data[key] in place of each ShardedTensor."""
-    if isinstance(nested, ShardedTensor):
-        return data[nested.key]
-    if isinstance(nested, dict):
-        return {key: _with_data(child, data) for key, child in nested.items()}
-    return [_with_data(child, data) for child in nested] if isinstance(nested, list) else nested
+def _names(weights: dict[str, ShardedTensor]) -> dict[int, str]:
+    """id of a parameter -> native name"""
+    return {id(weight.data): name for name, weight in weights.items()}
+
+
+def _parameters(part: DistributedOptimizer, names: dict[int, str]) -> Iterator[tuple[str, torch.Tensor, _Shard | None]]:
+    """(native name, parameter, this rank's part if it has one), in an order that all data-parallel ranks share."""
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        (buckets,) = ranges.values()
+        windows = ChainMap(*(bucket["param_map"] for bucket in buckets))
+        for parameter in buffer.param_index_map:
+            shard = None
+            if parameter in windows:
+                window = windows[parameter]["param"]
+                values = part._get_main_param_and_optimizer_states(parameter)
+                shard = _Shard(
+                    slice(window.start, window.end), {key: values[key].detach() for key in ("param", *MOMENTS)}
+                )
+            yield names[id(parameter)], parameter, shard
+
+
+def _gathered_tensors(part: DistributedOptimizer, weights: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    group, tensors = part.data_parallel_group, {}
+    held = [0] * group.size()
+    for name, parameter, shard in _parameters(part, _names(weights)):
+        weight = weights[name]
+        writer = held.index(min(held))
+        held[writer] += parameter.numel()
+        for kind in ("param", *MOMENTS):
+            key = _stored_name(kind, weight)
+            if key is None:
+                continue
+            whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            if shard is not None:
+                whole[shard.window] = shard.values[kind]
+            # Parts that do not overlap, summed as integers: every bit arrives, also that of -0.0.
+            dist.reduce(whole.view(torch.int32), group=group, group_dst=writer)
+            if group.rank() == writer:
+                data = whole.view(weight.local_shape).cpu()
+                tensors[key] = replace(
+                    weight, key=key, data=data, dtype=data.dtype, replica_id=(*weight.replica_id[:-1], 0)
+                )
+    return tensors
+
+
+def _wanted_tensors(part: DistributedOptimizer, weights: dict[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    tensors = {}
+    for name, _, shard in _parameters(part, _names(weights)):
+        for kind in () if shard is None else ("param", *MOMENTS):
+            if (key := _stored_name(kind, weights[name])) is not None:
+                data = torch.empty(weights[name].local_shape, dtype=torch.float32, device="cpu")
+                tensors[key] = replace(weights[name], key=key, data=data, dtype=data.dtype)
+    return tensors
+
+
+def _stored_name(kind: str, weight: ShardedTensor) -> str | None:
+    """None for the main weight of an fp32 weight, which is that weight."""
+    if kind == "param" and weight.dtype == torch.float32:
+        return None
+    return f"{PREFIX}{kind}.{weight.key}"
 
 
 def rng_state() -> ShardedObject:
