@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     gpus = platform.device_count()
     ranks, limit = options.ranks, f"--ranks {options.ranks}"
     if gpus is not None and gpus < ranks:
-        ranks, limit = gpus, f"this machine has {gpus} GPUs"
+        ranks, limit = gpus, f"GPUs on this machine: {gpus}"
     print(f"relative to one rank, fp32, 5 optimizer steps; bound {BOUND:g}; per tensor ||a-b||/||b||")
     header = f"{'layout':28} {'ranks':>5} {'loss':>8} {'grad norm':>9} {'aux loss':>8} {'gradient':>8} {'weight':>8}  worst gradient"
     print(header + "\n" + "-" * len(header))

@@ -84,6 +84,28 @@ def test_acceptance_dry_run_validates_every_layout():
     assert done.stdout.count("layout of 64 ranks") == 10
 
 
+def test_acceptance_goes_on_after_a_failed_comparison_and_fails_at_the_end(tmp_path):
+    """With a stand-in for Python whose first comparison fails: no node leaves the others waiting for its next run."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(
+        f'#!/usr/bin/env bash\necho "$CUDA_DEVICE_MAX_CONNECTIONS $*" >> {log}\n'
+        '[[ "$*" == *compare_runs*--band* ]] && exit 1\nexit 0\n'
+    )
+    python.chmod(0o755)
+    launches = []
+    for node, code in (("0", 1), ("1", 0)):
+        log.write_text("")
+        environment = {"PYTHON": str(python), "NNODES": "2", "NODE_RANK": node, "RUN": str(tmp_path / "run")}
+        done = run(["bash", "examples/acceptance_8gpu.sh"], **environment)
+        assert done.returncode == code, done.stderr
+        assert (done.stderr == "failed: layouts\n") == (node == "0")
+        lines = log.read_text().splitlines()
+        assert all(line.startswith("1 ") for line in lines)
+        assert ("megatron_m1 equality" in lines[-1]) == (node == "0")
+        launches.append(sum("torch.distributed.run" in line for line in lines))
+    assert launches == [10, 10]
+
+
 def test_slurm_job_saves_and_queues_itself_again(tmp_path):
     """With stand-ins for srun and scontrol: USR1 reaches the rank as SIGTERM, and the job is queued once it has saved."""
     log = tmp_path / "log"
