@@ -1,7 +1,9 @@
 """Checkpoints of a training run: sharded, atomic, loadable in any layout.
 
 SAVE/step_XXXXXXXX/ is megatron-core's `torch_dist` format with our config.yaml and manifest.json; SAVE/latest names the newest. The
-number is that of the steps done. Every function here is collective over the world, and an error on one rank is raised on all.
+number is that of the steps done. A rank takes host memory for what it writes: of the optimizer's state its share among the
+data-parallel ranks, of the weights what replica 0 has. Every function but `check_save_folder` is collective over the world, and
+an error on one rank is raised on all.
 """
 
 import warnings

@@ -558,7 +558,7 @@ def save_with_confused_order(rank, world, config):
 
 def test_core_confuses_parameters_of_mixed_precision(ranks, tmp_path):
     """If this fails, core's order is right and state.correct_order can go."""
-    with pytest.raises(RankError, match="must match the size"):
+    with pytest.raises(RankError, match="must match the existing size"):
         ranks(1, save_with_confused_order, tiny_config(tmp_path, precision="bf16"))
 
 
