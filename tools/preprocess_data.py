@@ -100,6 +100,7 @@ def parse_arguments() -> PreprocessOptions:
 
 
 def main() -> int:
+    """Exit code: 0; 1 if the work failed; 2 for bad input; 130 if interrupted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by SIGTERM; no token file was written."))
     try:
         options = parse_arguments()
@@ -112,7 +113,7 @@ def main() -> int:
     except (ConfigError, PreprocessError, OSError) as error:
         progress.close()
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         progress.close()
         print("error: interrupted; no token file was written.", file=sys.stderr)

@@ -30,7 +30,7 @@ BATCH_CHARS = 1 << 18
 
 
 class PreprocessError(RuntimeError):
-    """The run could not finish: a worker died, an input could not be read, or too many bad records."""
+    """The run could not finish though its input may be good: a worker died, or a file could not be read or written."""
 
 
 @dataclass
@@ -83,8 +83,9 @@ def preprocess(
 
     Empty documents are left out.  Bad records go to OUTPUT_PREFIX.quarantine.jsonl and, as `file:line: reason`, to
     `report`; `progress` is told (bytes done, bytes in all).
-    Raises ConfigError for wrong options and PreprocessError if a worker dies, an input cannot be read or there are
-    more than options.max_bad_lines bad records; then no output appears and an older one stays as it was.
+    Raises ConfigError for wrong options, damaged input, input without text and more than options.max_bad_lines bad
+    records, and PreprocessError if a worker dies or a file cannot be read or written; then no output appears and an
+    older one stays as it was.
     """
     tokenizer = Tokenizer(options.tokenizer, eod_token=options.eod_token)
     dtype = _output_dtype(options, tokenizer)
@@ -114,7 +115,7 @@ def preprocess(
                 progress(done, summary.input_bytes)
             summary.tokens = writer.num_tokens
             if summary.documents == 0:
-                raise PreprocessError("the input holds no document with text; nothing was written.")
+                raise ConfigError("the input holds no document with text; nothing was written.")
     finally:
         pool.close()
         shutil.rmtree(shards, ignore_errors=True)
@@ -182,7 +183,7 @@ class _Merge:
                 record = {"file": bad.file, "line": line, "reason": bad.reason, "raw": bad.raw}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
                 if self.summary.bad_records > self.max_bad:
-                    raise PreprocessError(
+                    raise ConfigError(
                         f"more than --max-bad-lines {self.max_bad} bad records, the last one at "
                         f"{bad.file}:{line}; see {self.quarantine}, mend the input or raise the "
                         "limit. No token file was written."
@@ -209,8 +210,8 @@ class _Pool:
                     index, result = connection.recv()
                 except (EOFError, ConnectionResetError):
                     raise self._death(connection, running[connection]) from None
-                if isinstance(result, str):
-                    raise PreprocessError(f"{result} No token file was written.")
+                if isinstance(result, Exception):
+                    raise type(result)(f"{result} No token file was written.")
                 del running[connection]
                 self._hand_out(connection, todo, running)
                 yield index, result
@@ -270,11 +271,13 @@ def _work(connection: Connection, options: PreprocessOptions, dtype: np.dtype, s
             index, piece = connection.recv()
         except EOFError:
             return
-        result: _Result | str
+        result: _Result | ConfigError | PreprocessError
         try:
             result = _tokenize(piece, tokenizer, options, dtype, _shard_path(shards, index))
-        except (ConfigError, OSError) as error:
-            result = str(error)
+        except ConfigError as error:
+            result = error
+        except OSError as error:
+            result = PreprocessError(str(error))
         try:
             connection.send((index, result))
         except BrokenPipeError:

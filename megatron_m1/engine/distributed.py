@@ -10,11 +10,13 @@ from megatron_m1 import platform
 __all__ = ["init_distributed", "lost_a_rank", "shutdown_distributed"]
 
 
-def init_distributed(timeout_s: int) -> None:
+def init_distributed(timeout_s: int, *, deterministic: bool = False) -> None:
     """Join the job that torchrun's environment variables name; without them, a job of this process alone.
 
     timeout_s: seconds after which a collective that a dead rank never joins raises on the others.
+    deterministic: see training.deterministic.
     """
+    platform.use_deterministic_algorithms(deterministic)
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=timeout_s)

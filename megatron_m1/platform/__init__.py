@@ -28,6 +28,7 @@ __all__ = [
     "select_device",
     "setup",
     "synchronize",
+    "use_deterministic_algorithms",
 ]
 
 
@@ -90,6 +91,14 @@ def select_device() -> None:
     """Make `device()` the current device of this process; call it before the process group is initialised."""
     if is_cuda():
         torch.cuda.set_device(device())
+
+
+def use_deterministic_algorithms(flag: bool) -> None:
+    """Whether torch takes only algorithms that repeat bit by bit, raising RuntimeError for an operation that has none. Call it
+    before the first work on the device: cuBLAS reads its workspace setting once."""
+    if flag and is_cuda():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(flag)
 
 
 def distributed_backend() -> str:

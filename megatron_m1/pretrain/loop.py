@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     platform.setup()
     from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
 
-    init_distributed(config.parallel.timeout_s)
+    init_distributed(config.parallel.timeout_s, deterministic=config.training.deterministic)
     train(config)
     shutdown_distributed()
 

@@ -211,7 +211,7 @@ def test_bad_lines_are_quarantined(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     before = outputs(tmp_path / "out")
     done = run(*arguments, "--overwrite", "--max-bad-lines", 4)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"error: more than --max-bad-lines 4 bad records, the last one at {source}:8; see" in done.stderr
     assert len((tmp_path / "out.quarantine.jsonl").read_text().splitlines()) == 5
     assert outputs(tmp_path / "out") == before
@@ -233,11 +233,11 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         (["--input", text, "--tokenizer", tmp_path], "tokenizer.json does not exist"),
     ]:
         done = run("--tokenizer", folder / "tok", "--output-prefix", prefix, *arguments)
-        assert done.returncode == 1 and done.stderr.count("error: ") == 1 and message in done.stderr, done.stderr
+        assert done.returncode == 2 and done.stderr.count("error: ") == 1 and message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr and left_over(prefix) == []
     prefix.with_suffix(".bin").write_bytes(b"precious")
     done = run("--input", text, "--tokenizer", folder / "tok", "--output-prefix", prefix)
-    assert done.returncode == 1 and "out.bin exists; choose another --output-prefix or pass --overwrite" in done.stderr
+    assert done.returncode == 2 and "out.bin exists; choose another --output-prefix or pass --overwrite" in done.stderr
     assert prefix.with_suffix(".bin").read_bytes() == b"precious"
 
 
