@@ -53,7 +53,7 @@ def read(path: Path) -> tuple[dict[int, float], dict[int, float]]:
         if "loss" in entry:
             train[entry["step"]] = entry["loss"]
         if "valid_loss" in entry:
-            held_out[entry["step"]] = entry["valid_loss"]
+            held_out[entry["step"] if "step" in entry else entry["after_step"]] = entry["valid_loss"]
     if not train:
         raise ValueError(f"{path} has no step yet; let the run do at least one.")
     return train, held_out

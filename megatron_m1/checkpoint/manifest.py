@@ -55,8 +55,9 @@ def read_metadata(folder: Path) -> Metadata:
     if not path.is_file():
         raise ConfigError(f"{path} is missing; {folder} is no complete checkpoint, use another.")
     files = _read_manifest(folder)
-    for name in (".metadata", "metadata.json") if files is not None else ():
-        _check_plain(folder / name, files[name])
+    if files is not None:
+        for name in (".metadata", "metadata.json"):
+            _check_plain(folder / name, files[name])
     try:
         return FileSystemReader(folder).read_metadata()
     except Exception as error:

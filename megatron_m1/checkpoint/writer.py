@@ -45,7 +45,8 @@ class Writing:
         self.files: manifest.Files = {}
         self.error: Exception | None = None
         # Core hands the results through a queue that it would get from a manager process of its own.
-        filesystem_async._results_queue = self.results = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        filesystem_async._results_queue = self.results
         # Core announces the end of its own asynchronous callers, which are not used here.
         core_torch._logged_mcore_async_deprecation = True
         self.request = dist_checkpointing.save(

@@ -9,7 +9,6 @@ from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_m1.config.schema import Config
-from megatron_m1.engine.adam import install_adam
 from megatron_m1.model.m1 import M1Model
 
 __all__ = ["build_optimizer", "set_learning_rate", "wrap_data_parallel"]
@@ -46,7 +45,6 @@ def build_optimizer(
     models: list[DistributedDataParallel], config: Config, groups: ProcessGroupCollection
 ) -> MegatronOptimizer:
     """AdamW with fp32 main weights; no weight decay on norm weights."""
-    install_adam()
     optimizer, training = config.optimizer, config.training
     bf16 = training.precision == "bf16"
     core = CoreOptimizerConfig(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_m1 import platform
 from megatron_m1.config.schema import Config
+from megatron_m1.engine.adam import install_adam
 from megatron_m1.engine.batch import MicroBatch
 from megatron_m1.engine.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from megatron_m1.engine.schedule import consumed_samples
@@ -59,6 +60,7 @@ class Trainer:
         if not train:
             return
         self.models = wrap_data_parallel(plain, config, groups)
+        self.adam = install_adam()
         self.optimizer = build_optimizer(self.models, config, groups)
         self.force_all_reduce = False
         self.core.finalize_model_grads_func = self._finalize

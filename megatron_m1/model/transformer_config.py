@@ -20,7 +20,7 @@ def core_config(config: Config) -> M1TransformerConfig:
     """Core configuration for the model, its layout and its precision."""
     model, moe, parallel, training = config.model, config.moe, config.parallel, config.training
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
-    recompute: dict[str, Any] = {
+    modes: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)},
         "full": {
@@ -28,7 +28,7 @@ def core_config(config: Config) -> M1TransformerConfig:
             "recompute_method": "uniform",
             "recompute_num_layers": training.recompute_layers,
         },
-    }[training.recompute]
+    }
     core = M1TransformerConfig(
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
@@ -72,7 +72,7 @@ def core_config(config: Config) -> M1TransformerConfig:
         deterministic_mode=training.deterministic,
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
-        **recompute,
+        **modes[training.recompute],
     )
     core.m1 = model
     return core

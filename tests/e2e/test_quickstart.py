@@ -103,7 +103,7 @@ def test_the_split_is_by_file_and_stable(tmp_path, capsys):
 
 def test_plot_reads_resumed_and_killed_runs(tmp_path, capsys):
     lines = [
-        {"event": "evaluation", "step": 0, "valid_loss": 6.5},
+        {"event": "evaluation", "after_step": 0, "valid_loss": 6.5},
         {"step": 1, "loss": 6.0},
         {"step": 2, "loss": 99.0},
         {"event": "start", "from_step": 1},
