@@ -491,7 +491,7 @@ def mutant(name: str) -> AbstractContextManager:
     from megatron.core.optimizer import distrib_optimizer
 
     from megatron_m1.checkpoint import state
-    from megatron_m1.engine import optimizer as engine_optimizer
+    from megatron_m1.engine import trainer as engine_trainer
     from megatron_m1.model.experts import GroupedExperts
 
     def torch_adam():
@@ -510,7 +510,7 @@ def mutant(name: str) -> AbstractContextManager:
     construct, restore = GroupedExperts.__init__, state.OptimizerState.restore
     return {
         "none": lambda: mock.MagicMock(),
-        "A: Adam of torch": lambda: mock.patch.object(engine_optimizer, "install_adam", torch_adam),
+        "A: Adam of torch": lambda: mock.patch.object(engine_trainer, "install_adam", torch_adam),
         "A: step lost": lambda: mock.patch.object(state.OptimizerState, "restore", forget_the_step),
         "C: experts unmarked": lambda: mock.patch.object(
             GroupedExperts, "__init__", mark_only_under_expert_parallelism
