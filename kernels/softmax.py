@@ -27,13 +27,15 @@ def softmax_attention(
     cu_seqlens: int32 [S+1], document lengths of a pack with B = 1 and Tk = T: no attention across documents, and cost
         that of the documents, not of the pack. Tokens from cu_seqlens[-1] on are padding: not read, zero output.
         Read on the host, except on CUDA in half precision with max_seqlen (the longest document) given.
-    Runs PyTorch's fused attention: flash on CPU and CUDA; the varlen flash kernel for packs in half precision on CUDA.
+    Runs PyTorch's fused attention: flash on CPU and CUDA; the varlen flash kernel for packs in half precision on CUDA (D a
+    multiple of 8 up to 256; else document by document).
     Raises ValueError for shapes that break the above.
     """
     _check(q, k, v, cu_seqlens)
     if cu_seqlens is None:
         return _dense(q, k, v, scale, causal)
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
+    flash_takes_it = q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and flash_takes_it:
         return _varlen(q, k, v, scale, cu_seqlens, max_seqlen, causal)
     return _document_by_document(q, k, v, scale, cu_seqlens, causal)
 

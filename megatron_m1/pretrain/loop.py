@@ -67,7 +67,9 @@ def train(config: Config) -> None:
         MicroBatches(dataset, document_boundaries=data.document_boundaries, num_workers=data.num_workers) as batches,
     ):
         log.event({"event": "start", "from_step": first, "process_groups": group_sizes(groups)})
-        log.say(f"{dist.get_world_size()} ranks on {platform.device_name()}, {training.precision}, AdamW of {trainer.adam}")
+        log.say(
+            f"{dist.get_world_size()} ranks on {platform.device_name()}, {training.precision}, AdamW of {trainer.adam}"
+        )
         if evaluation.enabled:
             before = evaluation.loss(trainer)
             log.event({"event": "evaluation", "after_step": first, "valid_loss": before})
