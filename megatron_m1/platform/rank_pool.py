@@ -30,6 +30,9 @@ __all__ = ["RankError", "RankPool"]
 
 START_S = 240.0  # for the imports, on a busy machine
 CLOSE_S = 5.0  # for a rank to end by itself
+THREADS = 24
+"""A worker that has more after a call is replaced: core's data-parallel wrapper is a cycle through autograd's nodes which no garbage
+collector breaks, so its process groups live on, and gloo's threads of groups whose peers are gone keep a core busy."""
 GATHER_S = 0.5  # after a first failure, for the reports of the other ranks
 PRELOAD = "megatron_m1.platform.rank_preload"
 
@@ -103,6 +106,9 @@ class RankPool:
             for rank in range(world):
                 self._discard(rank)
             raise RankError("\n".join(failures))
+        for rank, worker in enumerate(workers):
+            if _threads(worker) > THREADS:
+                self._discard(rank)
         return [results[rank] for rank in range(world)]
 
     def close(self) -> None:
@@ -178,6 +184,12 @@ class RankPool:
             worker.pipe.close()
             worker.process.kill()
             worker.process.join()
+
+
+def _threads(worker: _Worker) -> int:
+    """Threads of the process; 0 where the system does not tell."""
+    tasks = Path(f"/proc/{worker.process.pid}/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
 
 def _stacks(worker: _Worker) -> str:
