@@ -1,12 +1,20 @@
-"""Fixtures for all tests. megatron-core's CPU patches go in before any test imports megatron."""
+"""Fixtures for all tests. megatron-core's CPU patches go in before any test imports megatron.
 
+Without a GPU, Triton kernels run in Triton's interpreter, which has to be said before triton is imported.
+"""
+
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_m1 import platform
-from megatron_m1.platform.rank_pool import RankPool
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from megatron_m1 import platform  # noqa: E402
+from megatron_m1.platform.rank_pool import RankPool  # noqa: E402
 
 platform.setup()
 
