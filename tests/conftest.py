@@ -13,8 +13,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from megatron_m1 import platform  # noqa: E402
-from megatron_m1.platform.rank_pool import RankPool  # noqa: E402
+from megatron_m1 import platform
+from megatron_m1.platform.rank_pool import RankPool
 
 platform.setup()
 
