@@ -1,5 +1,6 @@
 """Process groups and sequence layouts. The only importer of megatron.core.parallel_state."""
 
 from megatron_m1.parallel.groups import destroy_groups, group_sizes, init_groups
+from megatron_m1.parallel.sequence_layout import Piece, SequenceLayout
 
-__all__ = ["destroy_groups", "group_sizes", "init_groups"]
+__all__ = ["Piece", "SequenceLayout", "destroy_groups", "group_sizes", "init_groups"]
