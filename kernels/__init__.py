@@ -9,14 +9,18 @@ from m1_kernels.pointwise import gated_rms_norm, rms_norm, swiglu
 from m1_kernels.reference import lightning_attention_reference
 from m1_kernels.slopes import slopes
 from m1_kernels.softmax import softmax_attention
+from m1_kernels.softmax_blocks import merge_attention, softmax_attention_backward, softmax_attention_forward
 
 __all__ = [
     "gated_rms_norm",
     "lightning_attention",
     "lightning_attention_reference",
     "lightning_attention_step",
+    "merge_attention",
     "rms_norm",
     "slopes",
     "softmax_attention",
+    "softmax_attention_backward",
+    "softmax_attention_forward",
     "swiglu",
 ]

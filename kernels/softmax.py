@@ -4,6 +4,7 @@ import inspect
 import itertools
 
 import torch
+from m1_kernels.softmax_blocks import softmax_attention_backward, softmax_attention_forward
 from torch.nn.functional import scaled_dot_product_attention
 
 __all__ = ["softmax_attention"]
@@ -18,8 +19,9 @@ def softmax_attention(
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
     causal: bool = True,
-) -> torch.Tensor:
-    """o [B, T, Hq, D] = softmax(scale * q k^T) v, in the dtype of q; differentiable.
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """o [B, T, Hq, D] = softmax(scale * q k^T) v, in the dtype of q, or (o, lse) with return_lse; o is differentiable.
 
     q: [B, T, Hq, D]; k, v: [B, Tk, Hkv, D], Hkv dividing Hq: query head h reads key head h // (Hq / Hkv); any strides
     with a contiguous last dimension; bf16, fp16, fp32 or fp64.
@@ -29,9 +31,13 @@ def softmax_attention(
         Read on the host, except on CUDA in half precision with max_seqlen (the longest document) given.
     Runs PyTorch's fused attention: flash on CPU and CUDA; the varlen flash kernel for packs in half precision on CUDA (D a
     multiple of 8 up to 256; else document by document).
+    return_lse: also lse [B, Hq, T], the natural logarithm of sum exp(scale * q k^T) over a query's keys: fp32 (fp64 for fp64
+        inputs), -inf in padding. A gradient that reaches lse raises NotImplementedError.
     Raises ValueError for shapes that break the above.
     """
     _check(q, k, v, cu_seqlens)
+    if return_lse:
+        return _WithLse.apply(q, k, v, scale, causal, cu_seqlens, max_seqlen)
     if cu_seqlens is None:
         return _dense(q, k, v, scale, causal)
     flash_takes_it = q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
@@ -83,6 +89,31 @@ def _varlen(q, k, v, scale: float, cu_seqlens, max_seqlen: int | None, causal: b
     window = (-1, 0) if causal else (-1, -1)
     o = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **grouped)
     return o.where(covered, 0.0)[None]
+
+
+class _WithLse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale: float, causal: bool, cu_seqlens, max_seqlen: int | None):
+        ctx.options = {
+            "scale": scale,
+            "causal": causal,
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_k": cu_seqlens,
+            "max_seqlen_q": max_seqlen,
+            "max_seqlen_k": max_seqlen,
+        }
+        o, lse = softmax_attention_forward(q, k, v, **ctx.options)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        if dlse is not None:
+            raise NotImplementedError("lse of softmax_attention has no gradient; detach it, or use torch.logsumexp")
+        if do is None:
+            return (None,) * 7
+        return *softmax_attention_backward(do, *ctx.saved_tensors, **ctx.options), None, None, None, None
 
 
 class _ZeroPaddingGradient(torch.autograd.Function):

@@ -2,21 +2,26 @@
 
 import pytest
 import torch
-from m1_kernels import softmax_attention
+from m1_kernels import softmax_attention, softmax_blocks
+from m1_kernels.softmax_blocks import merge_attention, softmax_attention_backward, softmax_attention_forward
 from torch.profiler import ProfilerActivity, profile
 
 SCALE = 0.3
 
 
 def formula(q, k, v, causal: bool) -> torch.Tensor:
-    """softmax(scale * q k^T) v, query heads grouped over key heads, queries at the end of the keys."""
+    return formula_with_lse(q, k, v, causal)[0]
+
+
+def formula_with_lse(q, k, v, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * q k^T) v and log sum exp, query heads grouped over key heads, queries at the end of the keys."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * SCALE
     if causal:
         visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
         scores = scores.masked_fill(~visible, float("-inf"))
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v), scores.logsumexp(-1)
 
 
 def make(queries: int, keys: int, batch: int = 2, query_heads: int = 4, key_heads: int = 2) -> list[torch.Tensor]:
@@ -78,6 +83,99 @@ def test_cpu_runs_the_flash_kernel_without_copies(packed: bool) -> None:
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in operators
     copies = {"aten::repeat_interleave", "aten::contiguous", "aten::clone", "aten::copy_", "aten::bmm"}
     assert not operators & copies
+
+
+@pytest.fixture(params=["flash", "plain"])
+def kernel(request, monkeypatch) -> str:
+    """CPU's flash kernel, and the matrix products that CUDA takes where flash cannot run, in slabs of a few queries."""
+    if request.param == "plain":
+        monkeypatch.setattr(softmax_blocks, "_block_forward", softmax_blocks._plain_forward)
+        monkeypatch.setattr(softmax_blocks, "_block_backward", softmax_blocks._plain_backward)
+        monkeypatch.setattr(softmax_blocks, "SCORES_AT_ONCE", 150)
+    return request.param
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries, keys, key_heads", [(9, 9, 2), (9, 9, 4), (1, 7, 1), (3, 7, 2), (1, 1, 4)])
+def test_log_sum_exp_and_gradients_of_its_path(queries, keys, key_heads, causal, kernel) -> None:
+    inputs = make(queries, keys, key_heads=key_heads)
+    o, lse = softmax_attention(*inputs, scale=SCALE, causal=causal, return_lse=True)
+    expected, expected_lse = formula_with_lse(*inputs, causal)
+    torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn_like(o)
+    for actual, wanted in zip(
+        torch.autograd.grad(o, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_log_sum_exp_of_a_pack(kernel) -> None:
+    inputs = make(13, 13, batch=1)
+    with torch.no_grad():
+        for x in inputs:
+            x[:, 11:] = float("nan")
+    cu_seqlens = torch.tensor([0, 4, 4, 5, 11], dtype=torch.int32)
+    o, lse = softmax_attention(*inputs, scale=SCALE, cu_seqlens=cu_seqlens, return_lse=True)
+    torch.testing.assert_close(o, softmax_attention(*inputs, scale=SCALE, cu_seqlens=cu_seqlens), rtol=0, atol=1e-12)
+    for start, end in ((0, 4), (4, 5), (5, 11)):
+        alone = formula_with_lse(*(x[:, start:end] for x in inputs), True)[1]
+        torch.testing.assert_close(lse[:, :, start:end], alone, rtol=1e-12, atol=1e-12)
+    assert (lse[:, :, 11:] == -torch.inf).all()
+    gradient = torch.randn_like(o)
+    actual = torch.autograd.grad(o, inputs, gradient)
+    wanted = torch.autograd.grad(softmax_attention(*inputs, scale=SCALE, cu_seqlens=cu_seqlens), inputs, gradient)
+    for x, y in zip(actual, wanted):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_log_sum_exp_is_fp32_below_fp64(dtype, bound, kernel) -> None:
+    inputs = [x.detach().to(dtype) for x in make(9, 9)]
+    o, lse = softmax_attention(*inputs, scale=SCALE, return_lse=True)
+    expected, expected_lse = formula_with_lse(*(x.double() for x in inputs), True)
+    assert o.dtype == dtype and lse.dtype == torch.float32
+    # PyTorch's CPU kernel approximates exp for half precision
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-4)
+    torch.testing.assert_close(o.double(), expected, rtol=bound, atol=bound)
+
+
+def test_gradient_of_log_sum_exp_is_refused() -> None:
+    inputs = make(5, 5)
+    o, lse = softmax_attention(*inputs, scale=SCALE, return_lse=True)
+    with pytest.raises(NotImplementedError, match="lse of softmax_attention has no gradient"):
+        (o.sum() + lse.sum()).backward()
+
+
+def test_blocks_of_keys_merge_forward_and_backward(kernel) -> None:
+    """Two blocks of keys, packed with different cuts of queries and keys, give what all keys give at once."""
+    q, k, v = make(6, 10, batch=1)
+    expected, expected_lse = formula_with_lse(q, k, v, False)
+    do = torch.randn_like(expected)
+    whole = torch.tensor([0, 6], dtype=torch.int32)
+    blocks = [(slice(0, 3), {}), (slice(3, 10), {"cu_seqlens_q": whole, "cu_seqlens_k": whole + whole.sign()})]
+    with torch.no_grad():
+        o = lse = None
+        for keys, pack in blocks:
+            part = softmax_attention_forward(q, k[:, keys], v[:, keys], scale=SCALE, causal=False, **pack)
+            o, lse = part if o is None else merge_attention(o, lse, *part)
+        torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
+        parts = [
+            softmax_attention_backward(do, q, k[:, keys], v[:, keys], o, lse, scale=SCALE, causal=False, **pack)
+            for keys, pack in blocks
+        ]
+    dq, dk, dv = torch.autograd.grad(expected, (q, k, v), do)
+    torch.testing.assert_close(sum(part[0] for part in parts), dq, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), dk, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(torch.cat([part[2] for part in parts], 1), dv, rtol=1e-11, atol=1e-11)
+
+
+def test_merging_into_rows_without_keys_takes_the_block() -> None:
+    o, lse = torch.zeros(1, 3, 2, 4), torch.full((1, 2, 3), -torch.inf)
+    block = torch.randn(1, 3, 2, 4), torch.randn(1, 2, 3)
+    for actual, wanted in zip(merge_attention(o, lse, *block), block):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
 def test_wrong_shapes_are_refused() -> None:

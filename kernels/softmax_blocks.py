@@ -1,0 +1,230 @@
+"""Softmax attention over one block of keys, forward and backward, for callers that merge blocks (ring attention).
+
+No autograd. A query's keys may be spread over blocks: softmax_attention_forward gives each block's output and log-sum-exp,
+merge_attention joins two of them, and softmax_attention_backward takes the joined pair for every block.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["merge_attention", "softmax_attention_backward", "softmax_attention_forward"]
+
+HALF = (torch.float16, torch.bfloat16)
+SCORES_AT_ONCE = 2**27
+"""Scores that the plain path holds at a time (0.5 GiB in float32)."""
+
+
+def softmax_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o [B, T, Hq, D] in the dtype of q, and lse [B, Hq, T], the natural logarithm of each query's sum of exponentials.
+
+    q [B, T, Hq, D]; k, v [B, Tk, Hkv, D], Hkv dividing Hq; last dimension contiguous; bf16, fp16, fp32 or fp64. lse is fp32
+    (fp64 for fp64 inputs).
+    causal: the queries are the last positions of the keys (of each document), so there are at least as many keys.
+    cu_seqlens_q, cu_seqlens_k: int32 [S+1], both or neither: documents of a pack with B = 1; each that has queries has keys.
+        Rows from cu_seqlens[-1] on are padding: not read, zero output, lse -inf. Read on the host, except where the varlen flash
+        kernel runs and max_seqlen_q and max_seqlen_k (the longest document's) are given.
+    CPU: PyTorch's flash kernel. CUDA: flash, varlen for packs, for half precision with D a multiple of 8 up to 256; else
+    plain matrix products in slabs of queries.
+    """
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return _dense_forward(q, k, v, scale, causal)
+    if _flash_on_cuda(q):
+        longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
+        o, lse = _flash_cuda_forward(q[0], k[0], v[0], scale, causal, (cu_seqlens_q, cu_seqlens_k, *longest))
+        covered = _covered(q, cu_seqlens_q)
+        return o.where(covered[:, None, None], 0)[None], lse.where(covered, -torch.inf)[None]
+    o, lse = torch.zeros_like(q), q.new_full(_lse_shape(q), -torch.inf, dtype=_computation_dtype(q))
+    for at, keys in _documents(cu_seqlens_q, cu_seqlens_k):
+        o[:, at], lse[:, :, at] = _dense_forward(q[:, at], k[:, keys], v[:, keys], scale, causal)
+    return o, lse
+
+
+def softmax_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of this block, shaped and typed like q, k, v; zero in padding.
+
+    o, lse: of the query over ALL its keys, of which k, v may be a part: the block's probabilities are exp(scale q k^T - lse).
+    do [B, T, Hq, D]: gradient of that o. The rest as for softmax_attention_forward.
+    """
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return _dense_backward(do, q, k, v, o, lse, scale, causal)
+    if _flash_on_cuda(q):
+        longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
+        gradients = _flash_cuda_backward(
+            *(x[0] for x in (do, q, k, v, o, lse)), scale, causal, (cu_seqlens_q, cu_seqlens_k, *longest)
+        )
+        edges = cu_seqlens_q, cu_seqlens_k, cu_seqlens_k
+        dq, dk, dv = (
+            x.where(_covered(x[None], cu_seqlens)[:, None, None], 0)[None] for x, cu_seqlens in zip(gradients, edges)
+        )
+        return dq, dk, dv
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    for at, keys in _documents(cu_seqlens_q, cu_seqlens_k):
+        dq[:, at], dk[:, keys], dv[:, keys] = _dense_backward(
+            do[:, at], q[:, at], k[:, keys], v[:, keys], o[:, at], lse[:, :, at], scale, causal
+        )
+    return dq, dk, dv
+
+
+def merge_attention(o: Tensor, lse: Tensor, block_o: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(o, lse) over the keys of both; o, block_o [B, T, H, D], lse, block_lse [B, H, T]. block_lse must be finite.
+
+    Computed in the dtype of o and lse: float32 for half precision. Rows without keys so far have lse -inf and finite o.
+    """
+    share = torch.sigmoid(block_lse - lse).transpose(1, 2).unsqueeze(-1)
+    return torch.lerp(o, block_o.to(o.dtype), share), torch.logaddexp(lse, block_lse)
+
+
+def _dense_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    before = k.shape[1] - q.shape[1]
+    if not causal or before == 0 or q.shape[1] == 1:
+        return _block_forward(q, k, v, scale, causal and before == 0)
+    o, lse = _block_forward(q, k[:, :before], v[:, :before], scale, False)
+    diagonal = _block_forward(q, k[:, before:], v[:, before:], scale, True)
+    merged, lse = merge_attention(o.to(lse.dtype), lse, *diagonal)
+    return merged.to(q.dtype), lse
+
+
+def _dense_backward(do, q, k, v, o, lse, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    before = k.shape[1] - q.shape[1]
+    if not causal or before == 0 or q.shape[1] == 1:
+        return _block_backward(do, q, k, v, o, lse, scale, causal and before == 0)
+    first = _block_backward(do, q, k[:, :before], v[:, :before], o, lse, scale, False)
+    second = _block_backward(do, q, k[:, before:], v[:, before:], o, lse, scale, True)
+    return first[0] + second[0], torch.cat([first[1], second[1]], 1), torch.cat([first[2], second[2]], 1)
+
+
+def _block_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Either all keys for every query, or as many keys as queries and the causal triangle."""
+    if q.device.type == "cpu":
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
+        )
+        return o.transpose(1, 2), lse
+    if _flash_on_cuda(q):
+        return _flash_cuda_forward(q, k, v, scale, causal, None)
+    return _plain_forward(q, k, v, scale, causal)
+
+
+def _block_backward(do, q, k, v, o, lse, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        heads_first = (x.transpose(1, 2) for x in (do, q, k, v, o))
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *heads_first, lse, 0.0, causal, scale=scale
+        )
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    if _flash_on_cuda(q):
+        return _flash_cuda_backward(do, q, k, v, o, lse, scale, causal, None)
+    return _plain_backward(do, q, k, v, o, lse, scale, causal)
+
+
+def _flash_on_cuda(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+
+
+def _flash_cuda_forward(q, k, v, scale: float, causal: bool, pack: tuple | None) -> tuple[Tensor, Tensor]:
+    """pack: None for q [B, T, H, D], or (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) for q [T, H, D]."""
+    pack = pack or (None, None, q.shape[1], k.shape[1])
+    o, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *pack, 0.0, causal, False, scale=scale)
+    return o, lse
+
+
+def _flash_cuda_backward(do, q, k, v, o, lse, scale: float, causal: bool, pack: tuple | None):
+    pack = pack or (None, None, q.shape[1], k.shape[1])
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        do.contiguous(), q, k, v, o.contiguous(), lse.contiguous(), *pack, 0.0, causal, *no_dropout, scale=scale
+    )
+
+
+def _plain_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    o, lse = torch.empty_like(q), q.new_empty(_lse_shape(q), dtype=_computation_dtype(q))
+    for at in _slabs(q, k):
+        scores = _scores(q[:, at], k, scale, at.start if causal else None)
+        slab_lse = scores.logsumexp(-1)
+        p = (scores - slab_lse.unsqueeze(-1)).exp()
+        o[:, at] = torch.einsum("bgrqk,bkgd->bqgrd", p, v.to(p.dtype)).flatten(2, 3)
+        lse[:, :, at] = slab_lse.flatten(1, 2)
+    return o, lse
+
+
+def _plain_backward(do, q, k, v, o, lse, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, groups = _computation_dtype(q), (k.shape[2], -1)
+    wide_k, wide_v = k.to(dtype), v.to(dtype)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    for at in _slabs(q, k):
+        wide_q, wide_do, wide_o = (x[:, at].to(dtype).unflatten(2, groups) for x in (q, do, o))
+        scores = _scores(q[:, at], k, scale, at.start if causal else None)
+        p = (scores - lse[:, :, at].unflatten(1, groups).unsqueeze(-1)).exp()
+        delta = (wide_do * wide_o).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)
+        ds = p * (torch.einsum("bqgrd,bkgd->bgrqk", wide_do, wide_v) - delta) * scale
+        dq[:, at] = torch.einsum("bgrqk,bkgd->bqgrd", ds, wide_k).flatten(2, 3)
+        dk += torch.einsum("bgrqk,bqgrd->bkgd", ds, wide_q)
+        dv += torch.einsum("bgrqk,bqgrd->bkgd", p, wide_do)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, first: int | None) -> Tensor:
+    """[B, Hkv, Hq/Hkv, T, Tk]; with `first`, the position of the first query, keys behind the query are masked."""
+    dtype = _computation_dtype(q)
+    scores = torch.einsum("bqgrd,bkgd->bgrqk", q.to(dtype).unflatten(2, (k.shape[2], -1)), k.to(dtype)) * scale
+    if first is None:
+        return scores
+    position = torch.arange(first, first + q.shape[1], device=q.device)
+    return scores.masked_fill(torch.arange(k.shape[1], device=q.device) > position.unsqueeze(1), -torch.inf)
+
+
+def _slabs(q: Tensor, k: Tensor) -> Iterator[slice]:
+    rows = max(1, SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[2] * k.shape[1]))
+    return (slice(start, min(start + rows, q.shape[1])) for start in range(0, q.shape[1], rows))
+
+
+def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    edges = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+    for (start, first_key), (end, last_key) in itertools.pairwise(edges):
+        if end > start:
+            yield slice(start, end), slice(first_key, last_key)
+
+
+def _longest(cu_seqlens: Tensor, max_seqlen: int | None) -> int:
+    return int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+
+
+def _covered(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """bool [T]: False in the padding of x [B, T, ...]."""
+    return torch.arange(x.shape[1], device=x.device) < cu_seqlens[-1]
+
+
+def _lse_shape(q: Tensor) -> tuple[int, int, int]:
+    return q.shape[0], q.shape[2], q.shape[1]
+
+
+def _computation_dtype(q: Tensor) -> torch.dtype:
+    return torch.float32 if q.dtype in HALF else q.dtype
