@@ -10,13 +10,16 @@ Pure torch, no communication; every rank knows the pieces of all ranks.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["Piece", "SequenceLayout"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class SequenceLayout:
     """By rank: its pieces in local order (row by row). They cover every local token once."""
     indices: Tensor
     """int64 [W, T/W]: for each rank, where its tokens lie in the global row."""
-    _on_device: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def dense(*, world: int, rank: int, rows: int, tokens: int) -> "SequenceLayout":
@@ -137,28 +140,26 @@ class SequenceLayout:
         assert x.shape[dim] == self.tokens, (
             f"dimension {dim} of {tuple(x.shape)} is not the row of {self.tokens} tokens"
         )
-        return x.index_select(dim, self._cached("partition", x.device, lambda: self.indices[self.rank]))
+        return x.index_select(dim, self.memo(("partition", x.device), lambda: self.indices[self.rank].to(x.device)))
 
     def unpartition(self, x: Tensor, dim: int) -> Tensor:
         """The global row from the local rows of all ranks concatenated in rank order along `dim`."""
         assert x.shape[dim] == self.tokens, (
             f"dimension {dim} of {tuple(x.shape)} is not the row of {self.tokens} tokens"
         )
-        return x.index_select(dim, self._cached("unpartition", x.device, lambda: self.indices.flatten().argsort()))
+        order = self.memo(("unpartition", x.device), lambda: self.indices.flatten().argsort().to(x.device))
+        return x.index_select(dim, order)
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """int32 [P+1], borders of the local pieces in the local row; for dense batches in the rows laid end to end."""
-        return self._cached("cu_seqlens", device, self._local_edges)
+        edges = [0, *itertools.accumulate(piece.length for piece in self.local_pieces)]
+        return self.memo(("cu_seqlens", device), lambda: torch.tensor(edges, dtype=torch.int32, device=device))
 
-    def _local_edges(self) -> Tensor:
-        lengths = [0, *(piece.length for piece in self.local_pieces)]
-        return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-    def _cached(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-        key = (name, device)
-        if key not in self._on_device:
-            self._on_device[key] = make().to(device)
-        return self._on_device[key]
+    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
+        """`make()`, called once per key: what all layers derive from this layout."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
 
 
 def _chunks_of(rank: int, world: int) -> tuple[int, int]:

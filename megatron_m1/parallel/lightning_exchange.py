@@ -1,0 +1,315 @@
+"""Lightning states from rank to rank: what the chunks of a sequence leave becomes what the next ones start from.
+
+A piece that leaves state F (from zero entry) after a piece that was entered with S passes on S' = e^{-s * length} S + F. Only these
+D x D states travel, along the borders of `state_chain`; gradients travel back by the transposed recurrence. Two ways:
+    `ring`        from chunk to chunk, each waiting for the one before it alone.
+    `all_gather`  every rank gets every F in one collective and runs the recurrence itself.
+Both run the same arithmetic in the same order: their results are equal bit by bit.
+
+Horizon: where s * length > 104 float32's e^{-s * length} is exactly 0. Of such heads no chunk needs more than its neighbour's F, so
+they go to the neighbour alone, at once, and take no part in the chain or in the collective. The result is equal bit by bit.
+
+Source: LASP (arXiv 2404.02882) for the ring, LASP-2 (arXiv 2502.07563) for the all-gather; neither has the horizon, packing or zig-zag.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_m1.parallel.state_chain import Border, StateChains
+from megatron_m1.platform.streams import SideStream
+
+__all__ = ["AUTO_RING_BYTES", "ExchangeStats", "StateExchange", "exchange_method", "horizon"]
+
+AUTO_RING_BYTES = 64 << 20
+"""`auto` takes the ring where an all-gather would bring a rank more than this: about a millisecond of a 50 GB/s link."""
+
+
+@dataclass
+class ExchangeStats:
+    """What this rank's exchanges sent, counted; forward and backward alike."""
+
+    exchanges: int = 0
+    sent_bytes: int = 0
+    messages: int = 0
+    """Messages to one rank; a collective counts as one."""
+    chained_heads: int = 0
+    """Heads, summed over exchanges, that travelled beyond the neighbouring chunk."""
+    neighbour_heads: int = 0
+    """Heads, summed over exchanges, that the horizon kept to the neighbouring chunk."""
+
+
+def horizon(dtype: torch.dtype) -> float:
+    """The smallest round x from which on exp(-x) is exactly 0 in `dtype` (float32 or float64)."""
+    return {torch.float32: 104.0, torch.float64: 746.0}[dtype]
+
+
+def exchange_method(method: str, *, chains: StateChains, world: int, state_bytes: int) -> str:
+    """`ring` or `all_gather`, for `auto` by size: `all_gather` has one latency instead of 2W-1, but brings every rank
+    (W-1) * (states per rank) * state_bytes; above AUTO_RING_BYTES the ring's one state per hop, hidden behind the work inside the
+    chunks, is cheaper."""
+    if method != "auto":
+        return method
+    received = (world - 1) * max(chains.most_leaving, chains.most_entering) * state_bytes
+    return "ring" if received > AUTO_RING_BYTES else "all_gather"
+
+
+class StateExchange:
+    """One exchange forward and, in autograd's backward pass, one back.
+
+    token = start(states); work that needs no entry state; entry_states = finish(token). The backward pass starts with the gradient
+    of finish and waits at that of start, so it overlaps with the backward of what was done in between.
+    Every rank of `group` must call both, in the same order, also with no states of its own.
+
+    slopes: fp32 [H] on the device; host_slopes: the same numbers.  method: `ring` or `all_gather`.
+    limit: keep heads within their horizon.
+    """
+
+    def __init__(
+        self,
+        chains: StateChains,
+        slopes: Tensor,
+        *,
+        host_slopes: Sequence[float],
+        group: dist.ProcessGroup,
+        method: str,
+        limit: bool = True,
+        stats: ExchangeStats | None = None,
+    ) -> None:
+        kind = {"ring": _Ring, "all_gather": _AllGather}[method]
+        stats = stats or ExchangeStats()
+        self._forward, self._backward = (
+            kind(borders, put_in, taken, slopes, host_slopes, group, limit, stats)
+            for borders, put_in, taken in (
+                (chains.forward, chains.most_leaving, len(chains.entering)),
+                (chains.backward, chains.most_entering, len(chains.leaving)),
+            )
+        )
+
+    def start(self, states: Tensor) -> Tensor:
+        """A token for `finish`. states: [leaving pieces, H, D, D], their final states from zero entry."""
+        return _Start.apply(states, self)
+
+    def finish(self, token: Tensor) -> Tensor:
+        """[entering pieces, H, D, D], the states that they start from."""
+        return _Finish.apply(token, self)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states: Tensor, exchange: StateExchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange._forward.start(states)
+        return states.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange._backward.finish(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token: Tensor, exchange: StateExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange._forward.finish()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange._backward.start(gradient)
+        return gradient.new_zeros(()), None
+
+
+class _Travel:
+    """One direction of one exchange: `start(states)`, then `finish()`."""
+
+    def __init__(
+        self,
+        borders: list[Border],
+        most: int,
+        taken: int,
+        slopes: Tensor,
+        host_slopes: Sequence[float],
+        group: dist.ProcessGroup,
+        limit: bool,
+        stats: ExchangeStats,
+    ) -> None:
+        self.borders, self.most, self.taken, self.group, self.stats = borders, most, taken, group, stats
+        self.slopes, self.host_slopes, self.limit = slopes, host_slopes, limit
+        self.rank, self.world = group.rank(), group.size()
+
+    def heads_beyond(self, shortest: int | None, dtype: torch.dtype) -> int:
+        """How many heads, the last ones in `order`, still hold something after `shortest` tokens."""
+        if not self.limit:
+            return len(self.host_slopes)
+        if shortest is None:
+            return 0
+        return sum(slope * shortest <= horizon(dtype) for slope in self.host_slopes)
+
+    def begin(self, states: Tensor) -> None:
+        self.order = _order(self.host_slopes, states.device)
+        self.states = states if self.order is None else states.index_select(1, self.order)
+        self.decay_rates = (self.slopes if self.order is None else self.slopes[self.order]).double()
+        self.stats.exchanges += 1
+
+    def decays(self, border: Border, first_head: int) -> Tensor:
+        """e^{-s * length} [m, heads from first_head on, 1, 1] for the states that come from the border before."""
+        exponent = -self.decay_rates[first_head:] * border.lengths[:, None]
+        return exponent.exp().to(self.states.dtype)[:, :, None, None]
+
+    def result(self) -> Tensor:
+        return self.states.new_zeros(self.taken, *self.states.shape[1:])
+
+    def in_callers_order(self, states: Tensor) -> Tensor:
+        return states if self.order is None else states.index_select(1, self.order.argsort())
+
+    def exchange_pairs(self, sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]]) -> list[dist.Work]:
+        """Start messages to and from ranks of the group, in one batch."""
+        operations = []
+        for operation, messages in ((dist.isend, sends), (dist.irecv, receives)):
+            for tensor, peer in messages:
+                peer = dist.get_global_rank(self.group, peer)
+                operations.append(dist.P2POp(operation, tensor, peer, group=self.group))
+        self.stats.messages += len(sends)
+        self.stats.sent_bytes += sum(tensor.nbytes for tensor, _ in sends)
+        return dist.batch_isend_irecv(operations) if operations else []
+
+
+class _AllGather(_Travel):
+    def start(self, states: Tensor) -> None:
+        self.begin(states)
+        heads = states.shape[1]
+        shortest = min((b.shortest for b in self.borders if b.shortest is not None), default=None)
+        far = self.heads_beyond(shortest, states.dtype)
+        self.near = heads - far
+        self.stats.chained_heads += far
+        self.stats.neighbour_heads += self.near
+        self.gathered, self.works = None, []
+        if far:
+            mine = self.states.new_zeros(self.most, far, *states.shape[2:])
+            mine[: len(states)] = self.states[:, self.near :]
+            self.gathered = mine.new_empty(self.world * self.most, *mine.shape[1:])
+            self.works = [dist.all_gather_into_tensor(self.gathered, mine, group=self.group, async_op=True)]
+            self.mine = mine  # read until the work is done
+            self.stats.messages += 1
+            self.stats.sent_bytes += (self.world - 1) * mine.nbytes
+        self.received: dict[int, Tensor] = {}
+        if self.near:
+            self._to_neighbours()
+
+    def _to_neighbours(self) -> None:
+        sends, receives = [], []
+        for place, border in enumerate(self.borders):
+            if not border.count:
+                continue
+            if border.source == self.rank:
+                message = self.states[:, : self.near].index_select(0, border.source_rows)
+                if border.target == self.rank:
+                    self.received[place] = message
+                else:
+                    sends.append((message, border.target))
+            elif border.target == self.rank:
+                self.received[place] = self.states.new_empty(border.count, self.near, *self.states.shape[2:])
+                receives.append((self.received[place], border.source))
+        self.sent = sends
+        self.works += self.exchange_pairs(sends, receives)
+
+    def finish(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        result = self.result()
+        for place, states in self.received.items():
+            result[:, : self.near].index_copy_(0, self.borders[place].target_rows, states)
+        if self.gathered is not None:
+            self._scan(self.gathered, result[:, self.near :])
+        return self.in_callers_order(result)
+
+    def _scan(self, gathered: Tensor, result: Tensor) -> None:
+        """The recurrence over the borders; what crosses to this rank goes to `result`."""
+        last = max((i for i, b in enumerate(self.borders) if b.target == self.rank and b.count), default=-1)
+        arriving = gathered[:0]
+        for border in self.borders[: last + 1]:
+            states = gathered.index_select(0, border.source_rows + border.source * self.most)
+            if border.shortest is not None:
+                states[border.onward] += self.decays(border, self.near) * arriving[border.previous]
+            if border.target == self.rank:
+                result.index_copy_(0, border.target_rows, states)
+            arriving = states
+
+
+class _Ring(_Travel):
+    def start(self, states: Tensor) -> None:
+        """Send at once what no other state has to arrive for."""
+        self.begin(states)
+        heads = states.shape[1]
+        self.near: dict[int, Tensor] = {}
+        sends, receives = [], []
+        self.side = SideStream()
+        self.side.fork(self.states)
+        with self.side.queue():
+            for place, border in self._own_borders():
+                near = heads - self.heads_beyond(border.shortest, states.dtype)
+                if border.source == self.rank:
+                    self.stats.chained_heads += heads - near
+                    self.stats.neighbour_heads += near
+                    self.near[place] = self.states[:, :near].index_select(0, border.source_rows)
+                else:
+                    self.near[place] = self._empty(border, near)
+                if near and border.source == self.rank != border.target:
+                    sends.append((self.near[place], border.target))
+                elif near and border.source != self.rank:
+                    receives.append((self.near[place], border.source))
+            self.works = self.exchange_pairs(sends, receives)
+
+    def finish(self) -> Tensor:
+        """Take part in the chain, which comes through this rank once for each of its chunks."""
+        with self.side.queue():
+            for work in self.works:
+                work.wait()
+            result, sending = self.result(), []
+            arrived: dict[int, Tensor] = {}
+            for place, border in self._own_borders():
+                states = self.near[place]
+                if states.shape[1] < result.shape[1]:
+                    far = self._far(border, states.shape[1], arrived.get(place - 1))
+                    if border.source == self.rank != border.target:
+                        sending += self.exchange_pairs([(far, border.target)], [])
+                    states = torch.cat([states, far], dim=1)
+                if border.target == self.rank:
+                    arrived[place] = states
+                    result.index_copy_(0, border.target_rows, states)
+            for work in sending:
+                work.wait()
+            result = self.in_callers_order(result)
+        self.side.join(result)
+        return result
+
+    def _far(self, border: Border, near: int, previous: Tensor | None) -> Tensor:
+        """The states of the heads from `near` on that cross `border`, received, or made from those that crossed the one before."""
+        if border.source != self.rank:
+            states = self._empty(border, self.states.shape[1] - near)
+            for work in self.exchange_pairs([], [(states, border.source)]):
+                work.wait()
+            return states
+        states = self.states[:, near:].index_select(0, border.source_rows)
+        if border.shortest is not None:
+            assert previous is not None, "a document that crosses two borders comes through the chunk between them"
+            states[border.onward] += self.decays(border, near) * previous[border.previous, near:]
+        return states
+
+    def _own_borders(self) -> list[tuple[int, Border]]:
+        return [(i, b) for i, b in enumerate(self.borders) if b.count and self.rank in (b.source, b.target)]
+
+    def _empty(self, border: Border, heads: int) -> Tensor:
+        return self.states.new_empty(border.count, heads, *self.states.shape[2:])
+
+
+def _order(host_slopes: Sequence[float], device: torch.device) -> Tensor | None:
+    """Heads by falling slope, so that those whose states fade within a chunk come first; None: they stand so already."""
+    order = sorted(range(len(host_slopes)), key=lambda head: -host_slopes[head])
+    return None if order == list(range(len(order))) else torch.tensor(order, device=device)

@@ -1,0 +1,173 @@
+"""Causal softmax attention over a sequence that context-parallel ranks hold in zig-zag order."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_m1.parallel.attention_blocks import (
+    AttentionPlan,
+    attend,
+    attend_backward,
+    attend_locally,
+    attend_locally_backward,
+)
+from megatron_m1.parallel.sequence_layout import SequenceLayout
+
+__all__ = ["METHODS", "Traffic", "ring_attention"]
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank has sent, summed over calls; for collectives, what their ring algorithm sends."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    group: dist.ProcessGroup,
+    layout: SequenceLayout,
+    method: str = "ring",
+    traffic: Traffic | None = None,
+) -> Tensor:
+    """o [B, T/W, Hq, D], in the dtype of q: this rank's rows of causal attention over the sequence of all W ranks of `group`.
+
+    q [B, T/W, Hq, D]; k, v [B, T/W, Hkv, D], Hkv dividing Hq: the tokens that `layout` gives this rank. Documents of a pack do
+    not see each other; padding behind them is one more document. Differentiable. Blocks of keys are merged by their
+    log-sum-exp, and gradients summed, in fp32 (fp64 for fp64) and in a fixed order.
+    method: "ring": keys and values go from rank to rank, W-1 hops, while the rank computes with those it has; in the backward
+        pass their gradients follow one step behind, in fp32. Memory for two blocks of keys and values.
+        "all_gather": all keys and values at once, gradients by a reduce-scatter. Memory for T keys and values.
+    Either way each rank does the same work in a dense batch: what causality hides is not computed.
+    traffic: is added the bytes that this rank sends.
+    Raises ValueError for another method, and where q, group and layout disagree.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
+    if (group.size(), group.rank()) != (layout.world, layout.rank):
+        raise ValueError(
+            f"layout of rank {layout.rank} of {layout.world} does not fit the group, where this is rank {group.rank()} of {group.size()}"
+        )
+    rows = 1 if layout.packed else layout.rows
+    if q.shape[:2] != (rows, layout.local_tokens) or k.shape != v.shape or k.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must begin with the layout's [{rows}, {layout.local_tokens}]"
+        )
+    return METHODS[method].apply(q, k, v, scale, group, layout, traffic or Traffic())
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale: float, group, layout: SequenceLayout, traffic: Traffic):
+        plan = AttentionPlan.of(layout, q.device)
+        kv = torch.stack([k, v])
+        shift = _Shift(group, kv) if layout.world > 1 else None
+        o, lse = attend_locally(q, k, v, scale=scale, plan=plan)
+        for step in range(1, layout.world):
+            kv = shift.wait()
+            traffic.forward += kv.nbytes
+            shift = _Shift(group, kv) if step + 1 < layout.world else None
+            block = plan.by_rank[(layout.rank - step) % layout.world]
+            if block is not None:
+                attend(o, lse, block, q, *kv, scale=scale)
+        o = o.to(q.dtype)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.rest = scale, group, layout, traffic
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        (q, k, v, o, lse), (scale, group, layout, traffic) = ctx.saved_tensors, ctx.rest
+        plan = AttentionPlan.of(layout, q.device)
+        kv, world = torch.stack([k, v]), layout.world
+        shift = _Shift(group, kv) if world > 1 else None
+        dq, own_dkv = attend_locally_backward(do, q, k, v, o, lse, scale=scale, plan=plan)
+        gradients = None
+        for step in range(1, world):
+            kv = shift.wait()
+            traffic.backward += kv.nbytes + own_dkv.nbytes
+            shift = _Shift(group, kv) if step + 1 < world else None
+            block, dkv = plan.by_rank[(layout.rank - step) % world], torch.zeros_like(own_dkv)
+            if block is not None:
+                attend_backward(dq, dkv, block, do, q, *kv, o, lse, scale=scale)
+            if gradients is not None:
+                dkv += gradients.wait()
+            # After the last step it is the own gradient that comes home.
+            gradients = _Shift(group, dkv)
+        if gradients is not None:
+            own_dkv += gradients.wait()
+        return dq.to(q.dtype), *own_dkv.to(k.dtype), None, None, None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale: float, group, layout: SequenceLayout, traffic: Traffic):
+        plan = AttentionPlan.of(layout, q.device)
+        gathered, work = _start_gather(torch.stack([k, v]), group, traffic, "forward")
+        o, lse = attend_locally(q, k, v, scale=scale, plan=plan)
+        work.wait()
+        kv = _global_rows(gathered, layout)
+        for block in plan.gathered:
+            attend(o, lse, block, q, *kv, scale=scale)
+        o = o.to(q.dtype)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.rest = scale, group, layout, traffic
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        (q, k, v, o, lse), (scale, group, layout, traffic) = ctx.saved_tensors, ctx.rest
+        plan = AttentionPlan.of(layout, q.device)
+        gathered, work = _start_gather(torch.stack([k, v]), group, traffic, "backward")
+        dq, own_dkv = attend_locally_backward(do, q, k, v, o, lse, scale=scale, plan=plan)
+        work.wait()
+        kv = _global_rows(gathered, layout)
+        dkv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
+        for block in plan.gathered:
+            attend_backward(dq, dkv, block, do, q, *kv, o, lse, scale=scale)
+        by_rank = dkv.index_select(2, layout.indices.flatten().to(dkv.device)).unflatten(2, (layout.world, -1))
+        received = torch.empty_like(own_dkv)
+        dist.reduce_scatter_tensor(received, by_rank.movedim(2, 0).contiguous(), group=group)
+        traffic.backward += (layout.world - 1) * received.nbytes
+        own_dkv += received
+        return dq.to(q.dtype), *own_dkv.to(k.dtype), None, None, None, None
+
+
+METHODS = {"ring": _Ring, "all_gather": _AllGather}
+
+
+class _Shift:
+    """x on its way to the next rank of the group, and that of the rank before on its way here."""
+
+    def __init__(self, group: dist.ProcessGroup, x: Tensor) -> None:
+        self.sent, self.received = x, torch.empty_like(x)
+        rank, world = group.rank(), group.size()
+        after, before = (dist.get_global_rank(group, (rank + step) % world) for step in (1, -1))
+        send = dist.P2POp(dist.isend, self.sent, after, group)
+        receive = dist.P2POp(dist.irecv, self.received, before, group)
+        self.works = dist.batch_isend_irecv([send, receive])
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def _start_gather(kv: Tensor, group: dist.ProcessGroup, traffic: Traffic, direction: str) -> tuple[Tensor, dist.Work]:
+    """([W, 2, B, T/W, Hkv, D] to be filled, the work that fills it)."""
+    gathered = kv.new_empty(group.size(), *kv.shape)
+    work = dist.all_gather_into_tensor(gathered, kv, group=group, async_op=True)
+    setattr(traffic, direction, getattr(traffic, direction) + (group.size() - 1) * kv.nbytes)
+    return gathered, work
+
+
+def _global_rows(gathered: Tensor, layout: SequenceLayout) -> Tensor:
+    """[2, B, T, Hkv, D] in the order of the global row from [W, 2, B, T/W, Hkv, D]."""
+    return layout.unpartition(gathered.movedim(0, 2).flatten(2, 3), 2)

@@ -1,0 +1,101 @@
+"""Lightning attention over several ranks: functions of one rank, for the `ranks` fixture."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from m1_kernels import lightning_attention_reference, slopes
+
+from megatron_m1.parallel.lightning_context import LightningContext
+from megatron_m1.parallel.lightning_exchange import ExchangeStats
+from megatron_m1.parallel.sequence_layout import SequenceLayout
+
+TOKENS, DIM = 48, 4
+# Borders of chunks lie at multiples of 48 / 2W: 12 for two ranks, 6 for four.
+CU_SEQLENS = {
+    "one document": [0, 48],
+    "every kind of border": [0, 3, 4, 4, 11, 12, 30, 31, 36, 43],
+    "longer than a rank, length 1": [0, 1, 2, 46, 47, 48],
+    "no document crosses a border": [0, 6, 7, 12, 17, 18, 24, 30, 36, 42, 48],
+    "crosses one border at most": [0, 8, 10, 16, 20, 28, 32, 40, 48],
+}
+PER_DOCUMENT = [0, 8, 8, 32, 48]
+
+
+@dataclass
+class Case:
+    layout: SequenceLayout
+    cu_seqlens: list[int] | None
+    rows: int = 1
+
+
+def cases(world: int, rank: int) -> dict[str, Case]:
+    found = {"dense": Case(SequenceLayout.dense(world=world, rank=rank, rows=3, tokens=TOKENS), None, rows=3)}
+    for name, edges in CU_SEQLENS.items():
+        found[name] = Case(SequenceLayout.pack(world=world, rank=rank, cu_seqlens=edges, tokens=TOKENS), edges)
+    layout = SequenceLayout.per_document(world=world, rank=rank, cu_seqlens=PER_DOCUMENT)
+    found["per document"] = Case(layout, PER_DOCUMENT)
+    return found
+
+
+def inputs(case: Case, heads: int) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output, of the whole sequence."""
+    generator = torch.Generator().manual_seed(11)
+    shape = (case.rows, TOKENS, heads, DIM)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4)]
+
+
+def of_one_rank(case: Case, rates: torch.Tensor) -> list[torch.Tensor]:
+    """o, dq, dk, dv of the whole sequence by the recurrent reference."""
+    *qkv, do = inputs(case, len(rates))
+    qkv = [x.requires_grad_() for x in qkv]
+    edges = None if case.cu_seqlens is None else torch.tensor(sorted({*case.cu_seqlens, TOKENS}), dtype=torch.int32)
+    o = lightning_attention_reference(*qkv, rates, cu_seqlens=edges)
+    o.backward(do)
+    return [o.detach(), *(x.grad for x in qkv)]
+
+
+def over_ranks(
+    case: Case, rates: torch.Tensor, group: dist.ProcessGroup, *, method: str, limit: bool = True, dtype=torch.float64
+) -> tuple[list[torch.Tensor], ExchangeStats]:
+    """o, dq, dk, dv of this rank's tokens."""
+    context = LightningContext(group, rates.tolist(), method=method, limit=limit)
+    *qkv, do = (case.layout.partition(x, 1).to(dtype) for x in inputs(case, len(rates)))
+    qkv = [x.requires_grad_() for x in qkv]
+    o = context.attend(*qkv, rates, case.layout)
+    o.backward(do)
+    return [o.detach(), *(x.grad for x in qkv)], context.stats
+
+
+def differences(rank: int, world: int) -> dict[tuple[str, str], float]:
+    """Greatest difference, of o and every gradient, from one rank in fp64, by case and method."""
+    rates = slopes(4, 0, 2)
+    worst = {}
+    for name, case in cases(world, rank).items():
+        expected = [case.layout.partition(x, 1) for x in of_one_rank(case, rates)]
+        for method in ("ring", "all_gather"):
+            found, _ = over_ranks(case, rates, dist.group.WORLD, method=method)
+            worst[name, method] = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    return worst
+
+
+def limited_and_unlimited(
+    rank: int, world: int
+) -> dict[tuple[str, str], tuple[bool, bool, ExchangeStats, ExchangeStats]]:
+    """By case and method: equal bit by bit to the unlimited exchange, and to the all-gather, and what each of the two sent."""
+    # fp32, chunks of 6 or 12 tokens: heads that fade within a chunk, within two, within none; not in the order of their slopes.
+    rates = torch.tensor([20.0, 0.01, 9.0, 120.0, 3.0])
+    found = {}
+    for name, case in cases(world, rank).items():
+        gathered, _ = over_ranks(case, rates, dist.group.WORLD, method="all_gather", dtype=torch.float32)
+        for method in ("ring", "all_gather"):
+            limited, stats = over_ranks(case, rates, dist.group.WORLD, method=method, dtype=torch.float32)
+            unlimited, all_stats = over_ranks(
+                case, rates, dist.group.WORLD, method=method, dtype=torch.float32, limit=False
+            )
+            same = all(torch.equal(a, b) for a, b in zip(limited, unlimited, strict=True))
+            as_gathered = all(
+                torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(limited, gathered, strict=True)
+            )
+            found[name, method] = (same, as_gathered, stats, all_stats)
+    return found
