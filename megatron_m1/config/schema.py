@@ -135,6 +135,9 @@ class TrainingConfig:
     """For `selective`: any of core_attn, moe."""
     recompute_layers: int = 1
     """For `full`: layers per recomputed group."""
+    head_chunk_tokens: int | None = None
+    """Tokens of a micro-batch (and context-parallel rank) whose logits exist at the same time; with more, the backward pass computes
+    the logits of each chunk again. None: what fits in 2 GiB of fp32 logits per rank."""
     deterministic: bool = False
     """True: only algorithms that repeat bit by bit, at a cost in speed; an operation of a GPU that has none is an error.
     On CPU a run repeats bit by bit either way."""

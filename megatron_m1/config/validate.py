@@ -16,8 +16,8 @@ _POSITIVE = (
     "model.max_position_embeddings model.rms_norm_eps model.lightning_norm_eps "
     "parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context parallel.expert "
     "parallel.expert_tensor parallel.timeout_s training.micro_batch training.global_batch "
-    "training.seq_length training.recompute_layers training.exit_after_s optimizer.lr optimizer.eps evaluation.batches "
-    "logging.every_steps logging.peak_tflops moe.capacity_factor schedule.decay_steps"
+    "training.seq_length training.recompute_layers training.head_chunk_tokens training.exit_after_s optimizer.lr optimizer.eps "
+    "evaluation.batches logging.every_steps logging.peak_tflops moe.capacity_factor schedule.decay_steps"
 ).split()
 _NOT_NEGATIVE = (
     "model.shared_intermediate_size model.rotary_dim model.init_std training.steps training.seed "

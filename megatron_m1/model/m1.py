@@ -1,8 +1,5 @@
 """The model: embedding, hybrid stack, final norm, fp32 head."""
 
-import copy
-
-import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,8 +16,8 @@ from torch import Tensor
 
 from megatron_m1.config.schema import MoEConfig
 from megatron_m1.model.cache import AttentionCache
+from megatron_m1.model.head import VocabHead
 from megatron_m1.model.layer import layer_spec
-from megatron_m1.model.lightning import column_linear
 from megatron_m1.model.norm import RMSNorm
 from megatron_m1.model.softmax import rotary_table
 from megatron_m1.model.transformer_config import M1TransformerConfig
@@ -71,10 +68,7 @@ class M1Model(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            # M1 computes the head in fp32 in training and inference.
-            head_config = copy.copy(config)
-            head_config.params_dtype = torch.float32
-            self.output_layer = column_linear(head_config, m1.hidden_size, m1.vocab_size, pg_collection.tp)
+            self.output_layer = VocabHead(config, pg_collection)
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
@@ -113,7 +107,7 @@ class M1Model(LanguageModule):
             return hidden
         if inference_context is not None:
             hidden = inference_context.predicting(hidden)
-        logits, _ = self.output_layer(hidden.float())
         if labels is not None:
-            return self.compute_language_model_loss(labels, logits)
-        return gather_from_tensor_model_parallel_region(logits, group=self.tp_group).transpose(0, 1).contiguous()
+            return self.output_layer(hidden, labels)
+        logits = gather_from_tensor_model_parallel_region(self.output_layer(hidden), group=self.tp_group)
+        return logits.transpose(0, 1).contiguous()

@@ -14,6 +14,7 @@ class M1TransformerConfig(TransformerConfig):
     """Core's TransformerConfig which also carries the M1 architecture, for our own modules to read."""
 
     m1: ModelConfig
+    head_chunk_tokens: int | None
 
 
 def core_config(config: Config) -> M1TransformerConfig:
@@ -75,4 +76,5 @@ def core_config(config: Config) -> M1TransformerConfig:
         **modes[training.recompute],
     )
     core.m1 = model
+    core.head_chunk_tokens = training.head_chunk_tokens
     return core
