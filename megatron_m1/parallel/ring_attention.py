@@ -110,7 +110,8 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale: float, group, layout: SequenceLayout, traffic: Traffic):
         plan = AttentionPlan.of(layout, q.device)
-        gathered, work = _start_gather(torch.stack([k, v]), group, traffic, "forward")
+        gathered, work = _start_gather(torch.stack([k, v]), group)
+        traffic.forward += gathered[1:].nbytes
         o, lse = attend_locally(q, k, v, scale=scale, plan=plan)
         work.wait()
         kv = _global_rows(gathered, layout)
@@ -125,7 +126,7 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx, do):
         (q, k, v, o, lse), (scale, group, layout, traffic) = ctx.saved_tensors, ctx.rest
         plan = AttentionPlan.of(layout, q.device)
-        gathered, work = _start_gather(torch.stack([k, v]), group, traffic, "backward")
+        gathered, work = _start_gather(torch.stack([k, v]), group)
         dq, own_dkv = attend_locally_backward(do, q, k, v, o, lse, scale=scale, plan=plan)
         work.wait()
         kv = _global_rows(gathered, layout)
@@ -134,8 +135,8 @@ class _AllGather(torch.autograd.Function):
             attend_backward(dq, dkv, block, do, q, *kv, o, lse, scale=scale)
         by_rank = dkv.index_select(2, layout.indices.flatten().to(dkv.device)).unflatten(2, (layout.world, -1))
         received = torch.empty_like(own_dkv)
-        dist.reduce_scatter_tensor(received, by_rank.movedim(2, 0).contiguous(), group=group)
-        traffic.backward += (layout.world - 1) * received.nbytes
+        dist.reduce_scatter_tensor(received, by_rank.movedim(2, 0).flatten(0, 1), group=group)
+        traffic.backward += gathered[1:].nbytes + (layout.world - 1) * received.nbytes
         own_dkv += received
         return dq.to(q.dtype), *own_dkv.to(k.dtype), None, None, None, None
 
@@ -160,12 +161,11 @@ class _Shift:
         return self.received
 
 
-def _start_gather(kv: Tensor, group: dist.ProcessGroup, traffic: Traffic, direction: str) -> tuple[Tensor, dist.Work]:
+def _start_gather(kv: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
     """([W, 2, B, T/W, Hkv, D] to be filled, the work that fills it)."""
     gathered = kv.new_empty(group.size(), *kv.shape)
-    work = dist.all_gather_into_tensor(gathered, kv, group=group, async_op=True)
-    setattr(traffic, direction, getattr(traffic, direction) + (group.size() - 1) * kv.nbytes)
-    return gathered, work
+    # gloo takes its result concatenated along the first dimension only
+    return gathered, dist.all_gather_into_tensor(gathered.flatten(0, 1), kv, group=group, async_op=True)
 
 
 def _global_rows(gathered: Tensor, layout: SequenceLayout) -> Tensor:
