@@ -96,6 +96,11 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule); 1: plain 1F1B."""
     context: int = 1
+    """Ranks over which each sequence is spread, in zig-zag order."""
+    context_lightning: Literal["auto", "ring", "all_gather"] = "auto"
+    """How lightning states travel over the context-parallel ranks. `auto`: all_gather up to 64 MiB per rank and layer, else ring."""
+    context_softmax: Literal["auto", "ring", "all_gather"] = "auto"
+    """How keys and values of the softmax layers travel. `auto`: all_gather up to 64 MiB for the whole sequence, else ring."""
     expert: int = 1
     expert_tensor: int | None = None
     """None: the same as `tensor`."""

@@ -145,8 +145,12 @@ def _layout(config: Config) -> Iterator[str]:
             f"parallel.expert={parallel.expert} must divide model.num_local_experts={model.num_local_experts}; "
             f"use {_divisors(model.num_local_experts)}."
         )
-    if parallel.context != 1:
-        yield "context parallelism arrives with a later release; parallel.context must be 1."
+    unit = math.lcm(2 * parallel.context, parallel.tensor * parallel.context)
+    if parallel.context > 1 and training.seq_length % unit:
+        yield (
+            f"training.seq_length={training.seq_length} must be a multiple of {unit} with parallel.context={parallel.context} (each rank "
+            f"holds two equal chunks, spread over parallel.tensor={parallel.tensor}); use {_multiples_near(training.seq_length, unit)}."
+        )
     yield from _pipeline(config)
 
 

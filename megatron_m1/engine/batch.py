@@ -4,48 +4,73 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from megatron_m1.parallel import SequenceLayout, SequenceParams
 
 __all__ = ["MicroBatch"]
 
 
 @dataclass
 class MicroBatch:
-    """tokens, labels, position_ids [b, s] int64, loss_mask [b, s] fp32; with `packed` b is 1 and s all tokens of the micro-batch."""
+    """tokens, labels, position_ids [b, s] int64, loss_mask [b, s] fp32: the tokens of this context-parallel rank.
+
+    Of a pack b is 1 and s all tokens of the micro-batch, over the context-parallel ranks.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     position_ids: Tensor
-    packed: PackedSeqParams | None = None
+    packed: SequenceParams | None = None
     padding_mask: Tensor | None = None
     """[b, s] bool, True where a token is padding."""
 
     @staticmethod
     def shape(batch: dict[str, Any]) -> tuple[int, int]:
-        """(b, s) that `from_dict` gives to its tensors."""
+        """(b, s) of all context-parallel ranks together."""
         rows, length = batch["tokens"].shape
         return (1, rows * length) if batch.get("cu_seqlens") is not None else (rows, length)
 
     @classmethod
-    def from_dict(cls, batch: dict[str, Any], device: torch.device) -> "MicroBatch":
-        """From the data floor's dict (tensors [b, T], optionally cu_seqlens int32 [S+1] over the b*T tokens, padding_mask)."""
-        tensors = {
-            key: batch[key].to(device, non_blocking=True) for key in ("tokens", "labels", "loss_mask", "position_ids")
-        }
-        padding = batch.get("padding_mask")
-        if padding is not None:
-            tensors["padding_mask"] = padding.to(device, non_blocking=True)
-        cu_seqlens = batch.get("cu_seqlens")
-        if cu_seqlens is None:
-            return cls(**tensors)
-        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=int(batch["max_seqlen"]),
-            max_seqlen_kv=int(batch["max_seqlen"]),
-        )
-        return cls(**{key: value.reshape(1, -1) for key, value in tensors.items()}, packed=packed)
+    def from_dict(
+        cls, batch: dict[str, Any], device: torch.device, *, context_rank: int = 0, context_size: int = 1
+    ) -> "MicroBatch":
+        """This rank's part of the data floor's dict, which is the same on all context-parallel ranks.
+
+        batch: tensors [b, T], optionally cu_seqlens int32 [S+1] over the b*T tokens, padding_mask. Under context parallelism a pack
+        is cut as a whole (`SequenceLayout.pack`), rows of a dense batch one by one; b*T, or T, must be a multiple of 2 * context_size.
+        """
+        keys = ["tokens", "labels", "loss_mask", "position_ids"]
+        if batch.get("padding_mask") is not None:
+            keys.append("padding_mask")
+        shape = cls.shape(batch)
+        tensors = {key: batch[key].reshape(shape) for key in keys}
+        if context_size > 1:
+            layout = _layout(batch, shape, context_rank, context_size)
+            params = SequenceParams(qkv_format="thd" if layout.packed else "sbhd", layout=layout)
+            tensors = {key: layout.partition(value, 1) for key, value in tensors.items()}
+        else:
+            params = _whole_pack(batch, device)
+        return cls(**{key: value.to(device, non_blocking=True) for key, value in tensors.items()}, packed=params)
+
+
+def _layout(batch: dict[str, Any], shape: tuple[int, int], rank: int, world: int) -> SequenceLayout:
+    rows, tokens = shape
+    if batch.get("cu_seqlens") is None:
+        return SequenceLayout.dense(world=world, rank=rank, rows=rows, tokens=tokens)
+    return SequenceLayout.pack(world=world, rank=rank, cu_seqlens=batch["cu_seqlens"].tolist(), tokens=tokens)
+
+
+def _whole_pack(batch: dict[str, Any], device: torch.device) -> SequenceParams | None:
+    if batch.get("cu_seqlens") is None:
+        return None
+    cu_seqlens = batch["cu_seqlens"].to(device, non_blocking=True)
+    longest = int(batch["max_seqlen"])
+    return SequenceParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -129,7 +129,13 @@ class Trainer:
     def _run(self, micro_batches: list[dict[str, Any]], *, forward_only: bool, scale: float) -> list[Tensor]:
         rows, length = MicroBatch.shape(micro_batches[0])
         # Each chunk brings its micro-batches to the device as it comes to them: a step can have a thousand.
-        batches = [(MicroBatch.from_dict(batch, self.device) for batch in micro_batches) for _ in self.models]
+        to_device = partial(
+            MicroBatch.from_dict,
+            device=self.device,
+            context_rank=self.groups.cp.rank(),
+            context_size=self.groups.cp.size(),
+        )
+        batches = [map(to_device, micro_batches) for _ in self.models]
         for model in self.models:
             model.force_all_reduce = (
                 not forward_only and self.force_all_reduce
@@ -170,11 +176,11 @@ class Trainer:
         count = (
             torch.stack([batch["loss_mask"].sum(dtype=torch.float64) for batch in micro_batches]).sum().to(self.device)
         )
-        dist.all_reduce(count, group=self.groups.dp_cp)
+        dist.all_reduce(count, group=self.groups.dp)  # context-parallel ranks hold the same micro-batches
         return int(count.item())
 
     def _reduce_loss(self, parts: list[Tensor]) -> float:
-        """Sum of the micro-batches' parts over the data-parallel ranks, known to every pipeline stage."""
+        """Sum of the micro-batches' parts over the data- and context-parallel ranks, known to every pipeline stage."""
         loss = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=self.device)
         if self.groups.pp.rank() == self.groups.pp.size() - 1:
             dist.all_reduce(loss, group=self.groups.dp_cp)

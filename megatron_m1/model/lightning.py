@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from m1_kernels import lightning_attention, slopes
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
 from megatron.core.transformer.module import MegatronModule
@@ -13,6 +12,8 @@ from torch import Tensor
 from megatron_m1.model.cache import AttentionCache
 from megatron_m1.model.norm import GatedRMSNorm
 from megatron_m1.model.transformer_config import M1TransformerConfig
+from megatron_m1.parallel import SequenceParams
+from megatron_m1.parallel.lightning_context import LightningContext
 
 __all__ = ["LightningAttention", "column_linear", "row_linear"]
 
@@ -64,10 +65,11 @@ class LightningAttention(MegatronModule):
         self.local_heads = m1.num_attention_heads // group.size()
         channels = m1.num_attention_heads * m1.head_dim
         first = group.rank() * self.local_heads
+        with torch.device("cpu"):
+            every = slopes(m1.num_attention_heads, layer_number - 1, m1.num_hidden_layers)
         # A plain attribute: buffers would follow the model to bf16, where the slowest decays round to 1.
-        self.slopes = slopes(m1.num_attention_heads, layer_number - 1, m1.num_hidden_layers)[
-            first : first + self.local_heads
-        ].clone()
+        self.slopes = every[first : first + self.local_heads].clone()
+        self.context = LightningContext(pg_collection.cp, self.slopes.tolist(), method=config.context_lightning)
         self.qkv_proj = column_linear(config, m1.hidden_size, 3 * channels, group)
         self.output_gate = column_linear(config, m1.hidden_size, channels, group)
         self.norm = GatedRMSNorm(config, channels, m1.lightning_norm_eps, group)
@@ -79,7 +81,7 @@ class LightningAttention(MegatronModule):
         hidden_states: Tensor,
         *,
         rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: SequenceParams | None = None,
         inference_context: AttentionCache | None = None,
     ) -> tuple[Tensor, None]:
         qkv, _ = self.qkv_proj(hidden_states)
@@ -94,13 +96,15 @@ class LightningAttention(MegatronModule):
         out, _ = self.out_proj(self.norm(out, gate))
         return out, None
 
-    def _attend(self, qkv: Tensor, packed: PackedSeqParams | None, cache: AttentionCache | None) -> Tensor:
+    def _attend(self, qkv: Tensor, packed: SequenceParams | None, cache: AttentionCache | None) -> Tensor:
         """[s, b, heads*3*D] head-major [q|k|v] -> [s, b, heads*D]."""
         seq, batch = qkv.shape[:2]
         qkv = torch.nn.functional.silu(qkv).view(seq, batch, self.local_heads, 3 * self.head_dim).transpose(0, 1)
         q, k, v = qkv.split(self.head_dim, dim=-1)
         if cache is not None:
             out = cache.lightning(self.layer_number, q, k, v, self.slopes)
+        elif packed is not None and packed.layout is not None:
+            out = self.context.attend(q, k, v, self.slopes, packed.layout)
         else:
             out = lightning_attention(q, k, v, self.slopes, cu_seqlens=None if packed is None else packed.cu_seqlens_q)
         return out.transpose(0, 1).reshape(seq, batch, -1)

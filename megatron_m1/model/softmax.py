@@ -2,7 +2,6 @@
 
 import torch
 from m1_kernels import softmax_attention
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
@@ -11,8 +10,13 @@ from torch import Tensor
 from megatron_m1.model.cache import AttentionCache
 from megatron_m1.model.lightning import column_linear, row_linear
 from megatron_m1.model.transformer_config import M1TransformerConfig
+from megatron_m1.parallel import SequenceParams
+from megatron_m1.parallel.ring_attention import ring_attention
 
 __all__ = ["SoftmaxAttention", "apply_rotary", "rotary_table"]
+
+AUTO_RING_BYTES = 64 << 20
+"""`auto` takes the ring where keys and values of the whole sequence exceed this."""
 
 
 def rotary_table(position_ids: Tensor, rotary_dim: int, theta: float) -> Tensor:
@@ -51,6 +55,7 @@ class SoftmaxAttention(MegatronModule):
         self.layer_number, self.head_dim = layer_number, m1.head_dim
         self.queries_per_group = m1.num_attention_heads // m1.num_key_value_heads
         self.local_groups = m1.num_key_value_heads // group.size()
+        self.context_group, self.context_method = pg_collection.cp, config.context_softmax
         width = m1.num_key_value_heads * (self.queries_per_group + 2) * m1.head_dim
         self.qkv_proj = column_linear(config, m1.hidden_size, width, group)
         self.o_proj = row_linear(config, m1.num_attention_heads * m1.head_dim, m1.hidden_size, group)
@@ -61,7 +66,7 @@ class SoftmaxAttention(MegatronModule):
         hidden_states: Tensor,
         *,
         rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: SequenceParams | None = None,
         inference_context: AttentionCache | None = None,
     ) -> tuple[Tensor, None]:
         assert rotary_pos_emb is not None, "softmax layers need the rotary table"
@@ -75,7 +80,7 @@ class SoftmaxAttention(MegatronModule):
         return out, None
 
     def _attend(
-        self, qkv: Tensor, rotary: Tensor, packed: PackedSeqParams | None, cache: AttentionCache | None
+        self, qkv: Tensor, rotary: Tensor, packed: SequenceParams | None, cache: AttentionCache | None
     ) -> Tensor:
         """[s, b, groups*(r+2)*D] -> [s, b, heads*D]."""
         seq, batch = qkv.shape[:2]
@@ -85,7 +90,17 @@ class SoftmaxAttention(MegatronModule):
         v, scale = qkv[:, :, :, -1], self.head_dim**-0.5
         if cache is not None:
             out = cache.softmax(self.layer_number, q, k, v, scale=scale)
+        elif packed is not None and packed.layout is not None:
+            method = _method(self.context_method, k, world=packed.layout.world)
+            out = ring_attention(q, k, v, scale=scale, group=self.context_group, layout=packed.layout, method=method)
         else:
             cu_seqlens, longest = (None, None) if packed is None else (packed.cu_seqlens_q, packed.max_seqlen_q)
             out = softmax_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=longest)
         return out.transpose(0, 1).reshape(seq, batch, -1)
+
+
+def _method(method: str, keys: Tensor, *, world: int) -> str:
+    """For `auto` by size: the all-gather has one latency, the ring hides W-1 of them and needs memory for two blocks only."""
+    if method != "auto":
+        return method
+    return "ring" if 2 * world * keys.nbytes > AUTO_RING_BYTES else "all_gather"

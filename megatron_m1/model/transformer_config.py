@@ -14,6 +14,8 @@ class M1TransformerConfig(TransformerConfig):
     """Core's TransformerConfig which also carries the M1 architecture, for our own modules to read."""
 
     m1: ModelConfig
+    context_lightning: str
+    context_softmax: str
     head_chunk_tokens: int | None
 
 
@@ -76,5 +78,6 @@ def core_config(config: Config) -> M1TransformerConfig:
         **modes[training.recompute],
     )
     core.m1 = model
+    core.context_lightning, core.context_softmax = parallel.context_lightning, parallel.context_softmax
     core.head_chunk_tokens = training.head_chunk_tokens
     return core

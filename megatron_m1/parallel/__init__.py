@@ -2,5 +2,6 @@
 
 from megatron_m1.parallel.groups import destroy_groups, group_sizes, init_groups
 from megatron_m1.parallel.sequence_layout import Piece, SequenceLayout
+from megatron_m1.parallel.sequence_params import SequenceParams
 
-__all__ = ["Piece", "SequenceLayout", "destroy_groups", "group_sizes", "init_groups"]
+__all__ = ["Piece", "SequenceLayout", "SequenceParams", "destroy_groups", "group_sizes", "init_groups"]

@@ -25,7 +25,12 @@ def init_groups(parallel: ParallelConfig, *, seed: int) -> ProcessGroupCollectio
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if groups.cp.size() > 1:
+        # NCCL makes the communicator with the first operation, in which all ranks of the group must take part; ours may be a message
+        # between two.
+        dist.barrier(group=groups.cp)
+    return groups
 
 
 def group_sizes(groups: ProcessGroupCollection) -> dict[str, int]:

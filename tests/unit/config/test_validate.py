@@ -54,7 +54,12 @@ BROKEN = [
         "multiple of parallel.pipeline=2; use global_batch 6 or 8.",
     ),
     (3, "parallel.expert=3", "parallel.expert=3 must divide model.num_local_experts=32; use 1, 2, 4, 8, 16 or 32."),
-    (2, "parallel.context=2", "context parallelism arrives with a later release; parallel.context must be 1."),
+    (
+        8,
+        "parallel.context=2 parallel.tensor=4 training.seq_length=2052",
+        "training.seq_length=2052 must be a multiple of 8 with parallel.context=2 (each rank holds two equal chunks, spread over "
+        "parallel.tensor=4); use 2048 or 2056.",
+    ),
     (
         6,
         "parallel.tensor=2 parallel.pipeline=2",
