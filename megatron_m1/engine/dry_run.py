@@ -112,15 +112,15 @@ def _balance(config: Config, data: int) -> str:
 
 
 def _memory(config: Config, world_size: int) -> str:
-    names = ("weights", "gradients", "optimizer", "activations", "logits", "update", "total")
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "update", "buffers", "total")
     lines = ["stage " + "".join(f"{name:>12s}" for name in names)]
     for stage, estimate in enumerate(estimate_memory(config, world_size)):
         lines.append(f"{stage:5d} " + "".join(f"{getattr(estimate, name) / _GIB:12.2f}" for name in names))
-    lines.append("total: weights + gradients + optimizer + the larger of activations + logits and update")
+    lines.append("total: weights + gradients + optimizer + buffers + the larger of activations + logits and update")
     lines.append(
         "host memory of a save or load: about weights + optimizer, and the optimizer state of two more tensors"
     )
-    lines.append("not counted: communication buffers, allocator fragmentation, the CUDA context (about 3 to 6 GiB)")
+    lines.append("not counted: NCCL's own buffers, allocator fragmentation, the CUDA context (about 3 to 6 GiB)")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ def test_reports_a_512_rank_layout_on_one_process(capsys):
     assert "pipeline       size    8   [0,64,128,192,256,320,384,448]" in text
     assert "stage 7: layers 70-79 (2 softmax)" in text
     assert "301.8 GFLOP per token" in text
-    assert "weights   gradients   optimizer activations      logits      update       total" in text
+    assert "weights   gradients   optimizer activations      logits      update     buffers       total" in text
     assert text.endswith("dry run: the configuration is valid\n")
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_m1.config import Config, load_config
-from megatron_m1.engine.memory import estimate_memory, stage_layers
+from megatron_m1.engine.memory import estimate_memory, head_chunks, stage_layers
 
 GIB = 2**30
 
@@ -20,6 +20,38 @@ def test_the_layout_table_of_the_released_model(world_size, pipeline, expert, st
     assert len(stages) == pipeline
     assert max(stage.state for stage in stages) / GIB == pytest.approx(state, abs=2)
     assert max(stage.total for stage in stages) / GIB == pytest.approx(total, abs=5)
+
+
+@pytest.mark.parametrize(
+    "world_size, context, state, total", [(256, 16, 50, 71), (512, 32, 40, 51)], ids=["256 GPUs", "512 GPUs"]
+)
+def test_the_layout_table_at_a_million_tokens(world_size, context, state, total):
+    config = load_config(
+        ["--parallel.tensor=8", "--parallel.pipeline=2", f"--parallel.context={context}", "--parallel.expert=32"]
+        + ["--parallel.expert_tensor=1", "--training.recompute=full", "--training.grad_reduce_dtype=bf16"]
+        + ["--training.seq_length=1048576", "--training.global_batch=16"]
+    )
+    stages = estimate_memory(config, world_size)
+    assert max(stage.state for stage in stages) / GIB == pytest.approx(state, abs=2)
+    assert max(stage.total for stage in stages) / GIB == pytest.approx(total, abs=5)
+
+
+def test_logits_of_one_chunk():
+    config = load_config(["--parallel.tensor=8", "--training.seq_length=65536"])
+    rows, hidden = 200064 // 8, 6144
+    assert head_chunks(config) == 4  # 2**31 / (4 * 25008) = 21467 tokens at most
+    assert estimate_memory(config, 8)[0].logits == 4 * (16384 * (rows + 2 * hidden) + rows * hidden)
+    config.training.head_chunk_tokens = 65536
+    assert head_chunks(config) == 1
+    config.parallel.context = 4
+    assert estimate_memory(config, 32)[0].logits == 4 * (16384 * (rows + 2 * hidden) + rows * hidden)
+
+
+def test_context_ranks_share_the_optimizer_and_the_tokens():
+    one, two = estimate_memory(tiny(), 2)[0], estimate_memory(tiny(context=2), 2)[0]
+    assert two.state == one.state and two.activations == one.activations / 2
+    # 8-token blocks of K and V (2 x 2 heads x 8), twice, with fp32 gradients; states of 4 heads, 2 chunks x 2 ranks x 2 passes.
+    assert one.buffers == 0 and two.buffers == 2 * (2 * 16 * 16) * (2 + 4) + 2 * 2 * 2 * 4 * 8 * 8 * 4
 
 
 def tiny(**parallel):
@@ -77,4 +109,4 @@ def test_what_the_update_holds_beside_the_state():
     config.logging.layer_stats_every_steps = 10
     both = estimate_memory(config, 2)[0]
     assert both.update == low + both.weights
-    assert both.total == both.state + max(both.activations + both.logits, both.update)
+    assert both.total == both.state + max(both.activations + both.logits, both.update) + both.buffers
