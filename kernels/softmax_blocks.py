@@ -77,9 +77,8 @@ def softmax_attention_backward(
         return _dense_backward(do, q, k, v, o, lse, scale, causal)
     if _flash_on_cuda(q):
         longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
-        gradients = _flash_cuda_backward(
-            *(x[0] for x in (do, q, k, v, o, lse)), scale, causal, (cu_seqlens_q, cu_seqlens_k, *longest)
-        )
+        pack = cu_seqlens_q, cu_seqlens_k, *longest
+        gradients = _flash_cuda_backward(do[0], q[0], k[0], v[0], o[0], lse[0], scale, causal, pack)
         edges = cu_seqlens_q, cu_seqlens_k, cu_seqlens_k
         dq, dk, dv = (
             x.where(_covered(x[None], cu_seqlens)[:, None, None], 0)[None] for x, cu_seqlens in zip(gradients, edges)
