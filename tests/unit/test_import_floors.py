@@ -18,6 +18,7 @@ FLOORS = {
     "megatron_m1.engine": 50,
     "megatron_m1.generation": 51,
     "megatron_m1.pretrain": 60,
+    "megatron_m1.rl": 60,
     "megatron_m1.__main__": 70,
 }
 # The rank pool closes what the last function left open.
