@@ -48,7 +48,7 @@ class MicroBatch:
         tensors = {key: batch[key].reshape(shape) for key in keys}
         if context_size > 1:
             layout = _layout(batch, shape, context_rank, context_size)
-            params = SequenceParams(qkv_format="thd" if layout.packed else "sbhd", layout=layout)
+            params: SequenceParams | None = SequenceParams(qkv_format="thd" if layout.packed else "sbhd", layout=layout)
             tensors = {key: layout.partition(value, 1) for key, value in tensors.items()}
         else:
             params = _whole_pack(batch, device)

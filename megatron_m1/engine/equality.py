@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_m1.config.schema import Config, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_m1.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from megatron_m1.engine.trainer import Trainer
 from megatron_m1.model.build import sharded_parameters
 from megatron_m1.parallel import destroy_groups, init_groups
@@ -17,6 +25,8 @@ from megatron_m1.parallel import destroy_groups, init_groups
 __all__ = ["LAYOUTS", "Difference", "RankResult", "compare", "equality_batches", "equality_config", "run_layout"]
 
 STEPS = 5
+RING = {"context_lightning": "ring", "context_softmax": "ring"}
+ALL_GATHER = {"context_lightning": "all_gather", "context_softmax": "all_gather"}
 
 # name -> (ranks, parallel settings, training settings)
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -42,6 +52,28 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "recompute full": (1, {}, {"recompute": "full"}),
     "recompute selective": (1, {}, {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]}),
     "TP2xPP2, recompute full": (4, {"tensor": 2, "pipeline": 2}, {"recompute": "full"}),
+    "CP2, ring": (2, {"context": 2, **RING}, {}),
+    "CP2, all-gather": (2, {"context": 2, **ALL_GATHER}, {}),
+    "CP2, ring, dense": (2, {"context": 2, **RING}, {"dense": True}),
+    "CP2, all-gather, dense": (2, {"context": 2, **ALL_GATHER}, {"dense": True}),
+    "CP4, ring": (4, {"context": 4, **RING}, {}),
+    "CP4, all-gather": (4, {"context": 4, **ALL_GATHER}, {}),
+    "CP4, ring, dense": (4, {"context": 4, **RING}, {"dense": True}),
+    "CP2xTP2": (4, {"context": 2, "tensor": 2, **RING}, {}),
+    "CP2xTP2 without SP, dense": (4, {"context": 2, "tensor": 2, "sequence": False, **ALL_GATHER}, {"dense": True}),
+    "CP2xPP2, VPP2": (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2, **RING}, {}),
+    "CP2xEP2": (2, {"context": 2, "expert": 2, **ALL_GATHER}, {}),
+    "CP2xDP2, EP4, ring": (4, {"context": 2, "expert": 4, **RING}, {}),
+    "CP2, ring, recompute full": (2, {"context": 2, **RING}, {"recompute": "full"}),
+    "CP2, recompute selective": (
+        2,
+        {"context": 2, **ALL_GATHER},
+        {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]},
+    ),
+    "CP8": (8, {"context": 8, **RING}, {}),
+    "CP2xTP2xPP2": (8, {"context": 2, "tensor": 2, "pipeline": 2}, {}),
+    "CP2xTP2xDP2, EP2, ETP2": (8, {"context": 2, "tensor": 2, "expert": 2}, {}),
+    "CP4xDP2, EP4, dense": (8, {"context": 4, "expert": 4, **RING}, {"dense": True}),
 }
 
 
@@ -72,8 +104,9 @@ class Difference:
 
 def equality_config(parallel: dict[str, Any], training: dict[str, Any], *, precision: str = "fp32") -> Config:
     """A small M1 with every feature: both layer kinds on every pipeline chunk, GQA, a shared expert, distinct alphas and betas,
-    balance and z loss, packed documents. `training` may hold `dispatcher`, an option of the experts."""
+    balance and z loss. `training` may hold `dispatcher`, an option of the experts, and `dense`: rows without documents."""
     training = dict(training)
+    dense = training.pop("dense", False)
     dispatcher = training.pop("dispatcher", "alltoall")
     return Config(
         model=ModelConfig(
@@ -104,14 +137,20 @@ def equality_config(parallel: dict[str, Any], training: dict[str, Any], *, preci
             **training,
         ),
         optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5),
+        data=DataConfig(document_boundaries="ignore" if dense else "reset"),
     )
 
 
 def equality_batches(config: Config, step: int) -> list[dict[str, Any]]:
-    """The micro-batches of a global batch: packed documents of ragged lengths, ragged loss masks, one without any loss token, one
-    with padding."""
+    """The micro-batches of a global batch: packed documents of ragged lengths, one pack with documents of one token and one that
+    is longer than half of it, ragged loss masks, one without any loss token, one whose middle half (all that the second of two
+    context-parallel ranks holds) has none, one with padding.
+
+    With data.document_boundaries "ignore" rows without documents.
+    """
     training, vocab = config.training, config.model.vocab_size
     rows, length = training.micro_batch, training.seq_length
+    dense = config.data.document_boundaries == "ignore"
     batches = []
     for index in range(training.global_batch // rows):
         generator = torch.Generator().manual_seed(1000 * step + index)
@@ -121,25 +160,33 @@ def equality_batches(config: Config, step: int) -> list[dict[str, Any]]:
             *sorted({int(c) for c in torch.randint(1, rows * length, (3,), generator=generator)} | {length}),
             rows * length,
         ]
+        if index == 3:
+            cuts = [0, 1, 3, rows * length - 20, rows * length - 19, rows * length]
         positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(cuts)])
         mask = (torch.rand(rows, length, generator=generator) < 0.3 + 0.2 * index).float()
         padding = torch.zeros(rows, length, dtype=torch.bool)
+        if index == 0:
+            whole = mask if dense else mask.view(1, -1)
+            whole[:, whole.shape[1] // 4 : 3 * whole.shape[1] // 4] = 0.0
         if index == 1:
             mask.zero_()
         if index == 2:
             padding[-1, length - 5 :] = True
             mask[padding] = 0.0
-        batches.append(
-            {
-                "tokens": ids[:, :-1],
-                "labels": ids[:, 1:],
-                "loss_mask": mask,
+        batch = {
+            "tokens": ids[:, :-1],
+            "labels": ids[:, 1:],
+            "loss_mask": mask,
+            "position_ids": torch.arange(length).expand(rows, length),
+            "padding_mask": padding,
+        }
+        if not dense:
+            batch |= {
                 "position_ids": positions.view(rows, length),
                 "cu_seqlens": torch.tensor(cuts, dtype=torch.int32),
                 "max_seqlen": max(b - a for a, b in itertools.pairwise(cuts)),
-                "padding_mask": padding,
             }
-        )
+        batches.append(batch)
     return batches
 
 

@@ -15,7 +15,7 @@ BOUND = 1e-5
 def main(argv: list[str]) -> int:
     """Print the table; 0 if every difference is within the bound, else 1."""
     platform.setup()
-    from megatron_m1.engine.equality import LAYOUTS, compare, equality_config, run_layout
+    from megatron_m1.engine.equality import LAYOUTS, RankResult, compare, equality_config, run_layout
 
     parser = argparse.ArgumentParser(prog="python -m megatron_m1 equality", description=__doc__)
     parser.add_argument(
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     failed = []
     with RankPool(ranks) as pool:
         run = functools.partial(pool.run, run_layout, timeout_s=600)
-        reference = run((equality_config({}, {}),), world=1)[0]
+        references: dict[bool, RankResult] = {}
         for name, (world, parallel, training) in LAYOUTS.items():
             if options.only not in name:
                 continue
@@ -44,7 +44,10 @@ def main(argv: list[str]) -> int:
                 print(f"{name:28} {world:>5}  left out: {limit}")
                 continue
             started = time.perf_counter()
-            d = compare(reference, run((equality_config(parallel, training),), world=world))
+            dense = bool(training.get("dense"))
+            if dense not in references:
+                references[dense] = run((equality_config({}, {"dense": dense}),), world=1)[0]
+            d = compare(references[dense], run((equality_config(parallel, training),), world=world))
             worst = max(d.loss, d.grad_norm, d.aux_loss, d.gradient, d.weight)
             print(
                 f"{name:28} {world:>5} {d.loss:8.1e} {d.grad_norm:9.1e} {d.aux_loss:8.1e} {d.gradient:8.1e} {d.weight:8.1e}"
