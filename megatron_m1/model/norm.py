@@ -1,12 +1,10 @@
 """RMSNorm over the hidden size, and over the heads of all tensor-parallel ranks."""
 
+from functools import partial
+
 import torch
 from m1_kernels import gated_rms_norm, rms_norm
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
@@ -34,8 +32,8 @@ class RMSNorm(nn.Module):
 class GatedRMSNorm(nn.Module):
     """sigmoid(gate) * ONE RMSNorm over the channels of all heads, which are spread over the tensor-parallel group.
 
-    forward(x, gate) with x, gate [..., channels / tp] gives the local channels in x's dtype; one all-reduce of the sum of squares
-    (fp32, [..., 1]) over `group`, one more of its gradient in the backward pass.
+    forward(x, gate) with x, gate [..., channels / tp] gives the local channels in x's dtype; over `group` one all-reduce of the sum
+    of squares (fp32, [..., 1]), and one of the rows' inner products in the backward pass.
     Source: MiniMax-01 report, section 2.2, and the released code.
     """
 
@@ -50,12 +48,10 @@ class GatedRMSNorm(nn.Module):
         self.weight.partition_stride = 1  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        squares = x.float().square().sum(dim=-1, keepdim=True)
-        if self.group.size() > 1:
-            squares = copy_to_tensor_model_parallel_region(
-                reduce_from_tensor_model_parallel_region(squares, group=self.group), group=self.group
-            )
-        return gated_rms_norm(x, gate, self.weight, squares / self.channels, self.eps)
+        if self.group.size() == 1:
+            return gated_rms_norm(x, gate, self.weight, self.eps)
+        all_reduce = partial(torch.distributed.all_reduce, group=self.group)
+        return gated_rms_norm(x, gate, self.weight, self.eps, channels=self.channels, all_reduce=all_reduce)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
