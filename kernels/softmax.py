@@ -5,6 +5,7 @@ import itertools
 
 import torch
 from m1_kernels.softmax_blocks import softmax_attention_backward, softmax_attention_forward
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 __all__ = ["softmax_attention"]
@@ -108,6 +109,7 @@ class _WithLse(torch.autograd.Function):
         return o, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do, dlse):
         if dlse is not None:
             raise NotImplementedError("lse of softmax_attention has no gradient; detach it, or use torch.logsumexp")

@@ -129,11 +129,10 @@ def _make(layout: SequenceLayout, device: torch.device) -> AttentionPlan:
     between: Spans = {}
     ends_first = {p.document: p.start + p.length for p in own if p.chunk == first}
     for p in own:
-        document_start = int(layout.indices[rank, p.local_start]) - p.start
-        if p.chunk == first and p.start > 0:
-            before[p.document] = document_start, document_start + p.start
-        if p.chunk == second and p.start > (start := ends_first.get(p.document, 0)):
-            between[p.document] = document_start + start, document_start + p.start
+        start = 0 if p.chunk == first else ends_first.get(p.document, 0)
+        if p.start > start:
+            document_start = int(layout.indices[rank, p.local_start]) - p.start
+            (before if p.chunk == first else between)[p.document] = document_start + start, document_start + p.start
     gathered = (_block(everything, before, device), _block(behind, between, device))
 
     local = _pack(list(everything.values()), list(everything.values()), device) if layout.packed else {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_m1.parallel.attention_blocks import (
     AttentionPlan,
@@ -83,6 +84,7 @@ class _Ring(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):
         (q, k, v, o, lse), (scale, group, layout, traffic) = ctx.saved_tensors, ctx.rest
         plan = AttentionPlan.of(layout, q.device)
@@ -123,6 +125,7 @@ class _AllGather(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):
         (q, k, v, o, lse), (scale, group, layout, traffic) = ctx.saved_tensors, ctx.rest
         plan = AttentionPlan.of(layout, q.device)

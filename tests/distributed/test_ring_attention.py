@@ -16,6 +16,7 @@ from megatron_m1.parallel.ring_attention import METHODS, Traffic, ring_attention
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 
 SCALE, HEADS, KEY_HEADS, WIDTH = 0.3, 4, 2, 8
+BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def layouts(world: int, rank: int) -> dict[str, SequenceLayout]:
@@ -64,7 +65,7 @@ def error(layout: SequenceLayout, group: dist.ProcessGroup, method: str, dtype: 
 
 def _errors(rank: int, world: int) -> dict[tuple, float]:
     group, errors = dist.group.WORLD, {}
-    for method, dtype in itertools.product(METHODS, (torch.float64, torch.float32)):
+    for method, dtype in itertools.product(METHODS, BOUNDS):
         for name, layout in layouts(world, rank).items():
             errors[name, method, dtype] = error(layout, group, method, dtype)
     if world == 4:
@@ -81,7 +82,7 @@ def _errors(rank: int, world: int) -> dict[tuple, float]:
 def test_shards_equal_one_rank(world: int, ranks) -> None:
     for errors in ranks(world, _errors):
         for case, value in errors.items():
-            assert value <= (1e-12 if case[-1] == torch.float64 else 1e-5), (case, value)
+            assert value <= BOUNDS[case[-1]], (case, value)
 
 
 def _bytes_sent(rank: int, world: int) -> tuple[float, dict[str, Traffic], bool]:
@@ -91,10 +92,14 @@ def _bytes_sent(rank: int, world: int) -> tuple[float, dict[str, Traffic], bool]
     worst = max(error(layout, dist.group.WORLD, m, torch.float32, t) for m, t in traffic.items())
     *inputs, do = (layout.partition(x, 1) for x in make(layout, torch.bfloat16))
     runs = []
+    if platform.is_cuda():
+        platform.use_deterministic_algorithms(True)
     for _ in range(2):
         local = [x.clone().requires_grad_() for x in inputs]
         o = ring_attention(*local, scale=SCALE, group=dist.group.WORLD, layout=layout, traffic=traffic["ring"])
         runs.append([o, *torch.autograd.grad(o, local, do)])
+    if platform.is_cuda():
+        platform.use_deterministic_algorithms(False)
     return worst, traffic, all(torch.equal(a, b) for a, b in zip(*runs))
 
 
