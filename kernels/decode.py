@@ -1,6 +1,8 @@
 """One decoding step of lightning attention."""
 
 import torch
+from m1_kernels import triton_runtime
+from m1_kernels.choice import Implementation, choose
 
 __all__ = ["lightning_attention_step"]
 
@@ -14,26 +16,76 @@ def lightning_attention_step(
     slopes: torch.Tensor,
     *,
     active: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     """Output of the next token, [B, H, D] in the dtype of q. `state` is updated IN PLACE. No gradients.
 
-    q, k, v: [B, H, D], the new token of each of B slots, any strides.  state: [B, H, D, D], float32 (float64 with
-    float64 inputs).  slopes: float32 [H].  active: bool [B]; a False slot keeps its state and yields zeros, whatever
-    its q, k, v hold.  No host synchronisation.
+    q, k, v: [B, H, D], the new token of each of B sequences, any strides.  slopes: float32 [H].
+    state: [S, H, D, D], float32 (float64 with float64 inputs), each [D, D] contiguous; S = B without `slots`.
+    slots: int32 or int64 [B], the row of `state` that each sequence owns, no two the same; -1 for none.
+    active: bool [B]. Where it is False, or the slot is -1, the state keeps every bit and the output is zero, whatever q, k, v hold.
+    implementation: "auto", "triton" (one kernel, bound by reading and writing the state) or "torch".
+
+    The decay is applied as state - state * (1 - exp(-slope)): exp(-slope) alone, rounded to float32, drifts over thousands of tokens.
+    No host synchronisation, except in "torch" on CUDA with active or slots.
     """
+    _check(q, k, v, state, slopes, active, slots)
+    return choose("lightning_attention_step", STEP, implementation, q).run(q, k, v, state, slopes, active, slots)
+
+
+def _check(q, k, v, state, slopes, active, slots) -> None:
+    if q.ndim != 3 or q.shape != k.shape or q.shape != v.shape or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise ValueError(
+            f"q {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)}, v {v.dtype} {tuple(v.shape)} "
+            "must share one dtype and one shape [B, H, D]"
+        )
     batch, heads, dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if state.shape != (batch, heads, dim, dim) or state.dtype != dtype:
+    rows = batch if slots is None else state.shape[0]
+    if state.shape != (rows, heads, dim, dim) or state.dtype != dtype:
         raise ValueError(
-            f"state is {state.dtype} {tuple(state.shape)}; it must be {dtype} {(batch, heads, dim, dim)}, "
+            f"state is {state.dtype} {tuple(state.shape)}; it must be {dtype} {(rows, heads, dim, dim)}, "
             "as lightning_attention(..., return_final_state=True) returns it"
         )
-    decay = torch.exp(-slopes.to(dtype))[None, :, None, None]
+    if state.stride()[2:] != (dim, 1):
+        raise ValueError(f"state has strides {state.stride()}; each [D, D] of it must be contiguous")
+    if slopes.shape != (heads,) or slopes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"slopes {slopes.dtype} {tuple(slopes.shape)} must be float32 [{heads}]")
+    if active is not None and (active.shape != (batch,) or active.dtype != torch.bool):
+        raise ValueError(f"active {active.dtype} {tuple(active.shape)} must be bool [{batch}]")
+    if slots is not None and (slots.shape != (batch,) or slots.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"slots {slots.dtype} {tuple(slots.shape)} must be int32 [{batch}]")
+
+
+def _torch_step(q, k, v, state, slopes, active, slots) -> torch.Tensor:
+    if active is None and slots is None:
+        return _torch_step_of_all(q, k, v, state, slopes)
+    slots = torch.arange(len(q), device=q.device) if slots is None else slots
+    live = slots >= 0 if active is None else (slots >= 0) & active
+    chosen = live.nonzero().squeeze(-1)
+    rows = slots[chosen]
+    part, out = state[rows], torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out[chosen] = _torch_step_of_all(q[chosen], k[chosen], v[chosen], part, slopes)
+    state[rows] = part
+    return out
+
+
+def _torch_step_of_all(q, k, v, state, slopes) -> torch.Tensor:
     out_dtype = q.dtype
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if active is not None:
-        keep = active[:, None, None]
-        q, k, v = q.where(keep, 0.0), k.where(keep, 0.0), v.where(keep, 0.0)
-        decay = decay.where(keep[..., None], 1.0)
-    state.mul_(decay).addcmul_(k[..., :, None], v[..., None, :])
+    q, k, v = (x.to(state.dtype) for x in (q, k, v))
+    decay_minus_one = torch.expm1(-slopes.to(state.dtype))[:, None, None]
+    state.addcmul_(state, decay_minus_one).addcmul_(k[..., :, None], v[..., None, :])
     return torch.matmul(q[..., None, :], state).squeeze(-2).to(out_dtype)
+
+
+def _triton_step(q, k, v, state, slopes, active, slots) -> torch.Tensor:
+    from m1_kernels import triton_decode
+
+    return triton_decode.step(q, k, v, state, slopes, active, slots)
+
+
+STEP = {
+    "triton": Implementation(_triton_step, triton_runtime.obstacle, "one fused kernel", auto_on=("cuda",)),
+    "torch": Implementation(_torch_step, lambda q: None, "passes over the state in place"),
+}
