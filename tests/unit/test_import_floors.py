@@ -17,6 +17,7 @@ FLOORS = {
     "megatron_m1.checkpoint": 41,
     "megatron_m1.engine": 50,
     "megatron_m1.generation": 51,
+    "megatron_m1.planning": 52,
     "megatron_m1.pretrain": 60,
     "megatron_m1.rl": 60,
     "megatron_m1.__main__": 70,

@@ -1,0 +1,187 @@
+"""All layouts of a model on a cluster: those that fit, ranked by the estimated time of a step, and why the others do not."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_m1.config import Config, ConfigError, derived, validate
+from megatron_m1.config.schema import CheckpointConfig, ParallelConfig
+from megatron_m1.engine.flops import training_flops_per_token
+from megatron_m1.engine.memory import MemoryEstimate, estimate_memory
+from megatron_m1.planning.cluster import Cluster
+from megatron_m1.planning.step_time import StepTime, step_time
+
+__all__ = [
+    "ACTIVATION_MARGIN",
+    "RESERVE_GIB",
+    "Plan",
+    "Refusal",
+    "Search",
+    "layout_name",
+    "needed_gib",
+    "plan_layout",
+    "search",
+]
+
+RESERVE_GIB = 6.0
+"""Of each GPU for the CUDA context, NCCL's own buffers and the allocator's fragmentation (3 to 6 GiB)."""
+ACTIVATION_MARGIN = 1.2
+"""The estimate of activations is right to about a fifth."""
+_GIB = 2**30
+_LEAST_TOKENS = 8192  # of a context-parallel rank: the rates of cluster.py were measured with no fewer
+_MOST_CHUNKS = 5  # model chunks of a pipeline rank
+_RECOMPUTE: tuple[tuple[str, list[str]], ...] = (
+    ("none", ["core_attn"]),
+    ("selective", ["core_attn"]),
+    ("selective", ["core_attn", "moe"]),
+    ("full", ["core_attn"]),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout that fits."""
+
+    config: Config
+    """The given configuration with this layout and the fastest recomputation that fits."""
+    memory: list[MemoryEstimate]
+    """By stage."""
+    time: StepTime
+    tokens_per_s_per_gpu: float
+    mfu: float
+    """Model FLOPs utilisation: recomputation does not count as work."""
+
+    @property
+    def fullest(self) -> MemoryEstimate:
+        """The stage that needs most."""
+        return max(self.memory, key=lambda estimate: estimate.total)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A layout that does not work, and the first reason."""
+
+    parallel: ParallelConfig
+    rule: str
+    """`memory`, or the configuration key or size whose rule it breaks."""
+    reason: str
+    needed_gib: float = 0.0
+    """With full recomputation, where memory is the reason."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Every layout that was looked at."""
+
+    plans: list[Plan]
+    """Fastest first."""
+    refusals: list[Refusal]
+
+    def rules(self) -> Counter[str]:
+        """Number of refusals by rule."""
+        return Counter(refusal.rule for refusal in self.refusals)
+
+
+def search(config: Config, cluster: Cluster, *, reserve_gib: float = RESERVE_GIB) -> Search:
+    """Search over tensor (within a node), pipeline, context, expert, expert-tensor and virtual-pipeline sizes.
+
+    config gives everything else: the model, training.seq_length, global_batch, micro_batch, precision and gradient type, overlap.
+    """
+    plans, refusals = [], []
+    for parallel in _candidates(config, cluster):
+        found = plan_layout(config, cluster, parallel, reserve_gib=reserve_gib)
+        plans.append(found) if isinstance(found, Plan) else refusals.append(found)
+    plans.sort(key=lambda plan: (plan.time.total, plan.fullest.total))
+    return Search(plans, refusals)
+
+
+def plan_layout(
+    config: Config, cluster: Cluster, parallel: ParallelConfig, *, reserve_gib: float = RESERVE_GIB
+) -> Plan | Refusal:
+    """The layout `parallel` with the fastest recomputation that fits, or why there is none."""
+    config = replace(config, parallel=parallel)
+    try:
+        validate(replace(config, checkpoint=CheckpointConfig()), cluster.gpus)
+    except ConfigError as error:
+        reason = str(error).splitlines()[0]
+        return Refusal(parallel, reason.split("=", 1)[0], reason)
+    variants, room = _variants(config), cluster.memory_gib - reserve_gib
+    state = max(estimate.state for estimate in estimate_memory(config, cluster.gpus)) / _GIB
+    fitting = [variant for variant in variants if needed_gib(variant, cluster) <= room] if state <= room else []
+    if not fitting:
+        full = variants[-1]
+        return Refusal(parallel, "memory", _too_much(full, cluster, reserve_gib), needed_gib(full, cluster))
+    times = [step_time(variant, cluster) for variant in fitting]
+    time, best = min(zip(times, fitting), key=lambda pair: pair[0].total)
+    training = config.training
+    rate = training.global_batch * training.seq_length / time.total / cluster.gpus
+    flops = training_flops_per_token(config.model, training.seq_length)
+    return Plan(best, estimate_memory(best, cluster.gpus), time, rate, rate * flops / (cluster.peak_tflops * 1e12))
+
+
+def needed_gib(config: Config, cluster: Cluster) -> float:
+    """Memory of the fullest stage with the margin for activations, without the reserve."""
+    return max(_with_margin(estimate) for estimate in estimate_memory(config, cluster.gpus)) / _GIB
+
+
+def layout_name(parallel: ParallelConfig) -> str:
+    """`TP/PP/CP/EP/ETP/VPP`, such as 8/8/1/8/1/1."""
+    expert_tensor = parallel.tensor if parallel.expert_tensor is None else parallel.expert_tensor
+    sizes = (parallel.tensor, parallel.pipeline, parallel.context, parallel.expert, expert_tensor)
+    return "/".join(map(str, (*sizes, parallel.virtual_pipeline)))
+
+
+def _candidates(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
+    model, gpus, length = config.model, cluster.gpus, config.training.seq_length
+    for tensor in _divisors(cluster.gpus_per_node):
+        for pipeline in _divisors(model.num_hidden_layers):
+            for context in _divisors(gpus):
+                if gpus % (tensor * pipeline * context) or (context > 1 and length // context < _LEAST_TOKENS):
+                    continue
+                for expert in _divisors(model.num_local_experts):
+                    for expert_tensor in sorted({1, tensor}):
+                        for chunks in _divisors(model.num_hidden_layers // pipeline):
+                            if chunks > (_MOST_CHUNKS if pipeline > 1 else 1):
+                                continue
+                            yield replace(
+                                config.parallel,
+                                tensor=tensor,
+                                sequence=None,
+                                pipeline=pipeline,
+                                virtual_pipeline=chunks,
+                                context=context,
+                                expert=expert,
+                                expert_tensor=expert_tensor,
+                            )
+
+
+def _variants(config: Config) -> list[Config]:
+    """The configuration with every kind of recomputation."""
+    return [
+        replace(config, training=replace(config.training, recompute=mode, recompute_modules=modules))  # type: ignore[arg-type]
+        for mode, modules in _RECOMPUTE
+    ]
+
+
+def _with_margin(estimate: MemoryEstimate) -> float:
+    return replace(estimate, activations=ACTIVATION_MARGIN * estimate.activations).total
+
+
+def _too_much(config: Config, cluster: Cluster, reserve_gib: float) -> str:
+    estimates = estimate_memory(config, cluster.gpus)
+    stage, fullest = max(enumerate(estimates), key=lambda pair: _with_margin(pair[1]))
+    kinds = ("weights", "gradients", "optimizer", "activations", "logits", "update", "buffers")
+    parts = ", ".join(f"{kind} {getattr(fullest, kind) / _GIB:.1f}" for kind in kinds)
+    remedy = "more pipeline, expert or tensor ranks"
+    if fullest.state < fullest.total / 2:
+        remedy = "more context ranks, or a smaller training.micro_batch"
+    elif derived(config, cluster.gpus).data > 1 and fullest.optimizer > fullest.weights + fullest.gradients:
+        remedy = "more expert or pipeline ranks, or more GPUs to share the optimizer"
+    return (
+        f"stage {stage} needs {_with_margin(fullest) / _GIB:.1f} GiB with full recomputation ({parts}, a fifth more for "
+        f"activations) and {reserve_gib:g} GiB in reserve, above the {cluster.memory_gib:g} GiB of a GPU; use {remedy}."
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,38 @@
+from dataclasses import replace
+
+import pytest
+
+from megatron_m1.config import ConfigError
+from megatron_m1.planning import DEVICES, Cluster
+
+# Links of 1 GB/s after the shares of cluster.py: 0.8 of 1.25.
+CLUSTER = Cluster(
+    gpus=16, gpus_per_node=4, memory_gib=80, memory_tb_per_s=4.8, nvlink_gb_per_s=1.25, network_gb_per_s=0.125
+)
+
+
+def test_an_exchange_uses_both_links_at_once():
+    assert CLUSTER.bytes_per_s == pytest.approx(4.3e12)
+    assert CLUSTER.exchange_s(1e9, peers=1, stride=1) == 0
+    assert CLUSTER.exchange_s(1e9, peers=4, stride=1) == pytest.approx(1.0)
+    # Of 7 peers 3 are near and 4 far: 4/7 GB over 0.1 GB/s against 3/7 over 1 GB/s.
+    assert CLUSTER.exchange_s(1e9, peers=8, stride=1) == pytest.approx(4 / 7 * 10)
+    # Every fourth rank: all peers are far.
+    assert CLUSTER.exchange_s(1e9, peers=4, stride=4) == pytest.approx(10.0)
+
+
+def test_a_collective_is_as_fast_as_its_slowest_link():
+    assert CLUSTER.collective_s(1e9, peers=1, stride=8) == 0
+    assert CLUSTER.collective_s(1e9, peers=2, stride=2) == pytest.approx(1.0)
+    assert CLUSTER.collective_s(1e9, peers=8, stride=1) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("rows, tflops", [(128, 205), (256, 410), (640, 505), (1024, 600), (9999, 600)])
+def test_rate_of_the_experts_grows_with_their_tokens(rows, tflops):
+    assert Cluster.grouped_tflops(rows) == pytest.approx(tflops)
+
+
+def test_known_devices_and_bad_numbers():
+    assert DEVICES["H800"].nvlink_gb_per_s == 200 < DEVICES["H200"].nvlink_gb_per_s
+    with pytest.raises(ConfigError, match="gpus=0 of a cluster"):
+        replace(DEVICES["H800"], gpus=0)

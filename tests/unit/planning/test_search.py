@@ -1,0 +1,69 @@
+from dataclasses import replace
+
+import pytest
+
+from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_m1.planning import DEVICES, Plan, Refusal, plan_layout, search
+from megatron_m1.planning.search import ACTIVATION_MARGIN, layout_name, needed_gib
+
+MODEL = ModelConfig(
+    vocab_size=512, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    intermediate_size=128, num_local_experts=4, rotary_dim=32, attn_type_list=[0, 1, 0, 1],
+)  # fmt: skip
+CLUSTER = replace(DEVICES["H800"], gpus=8, gpus_per_node=2)
+CONFIG = Config(model=MODEL, training=TrainingConfig(seq_length=16384, global_batch=8))
+GIB = 2**30
+
+
+def test_every_layout_is_ranked_or_refused():
+    result = search(CONFIG, CLUSTER)
+    times = [plan.time.total for plan in result.plans]
+    assert times == sorted(times) and len(times) > 20
+    names = [layout_name(found.config.parallel) for found in result.plans]
+    names += [layout_name(refusal.parallel) for refusal in result.refusals]
+    assert len(names) == len(set(names))
+    assert {"1/1/1/1/1/1", "2/4/1/1/1/1", "1/2/2/2/1/2", "2/1/2/4/2/1"} <= set(names)
+    assert not any(name.split("/")[2] == "4" for name in names)  # 4096 tokens a rank
+    # PP4 with EP x ETP of 4 or more (5 layouts), PP2, EP4, ETP2 (4)
+    assert result.rules() == {"world_size": 9}
+    for plan in result.plans:
+        assert needed_gib(plan.config, CLUSTER) + 6 <= CLUSTER.memory_gib
+
+
+def test_memory_decides_the_recomputation_and_then_refuses():
+    parallel = ParallelConfig()
+    needed = {}
+    for mode in ("none", "full"):
+        config = replace(CONFIG, training=replace(CONFIG.training, recompute=mode))
+        needed[mode] = needed_gib(config, CLUSTER) + 6
+    plan = plan_layout(CONFIG, CLUSTER, parallel)
+    assert isinstance(plan, Plan) and plan.config.training.recompute == "none"
+    (estimate,) = plan.memory
+    assert needed["none"] - 6 == pytest.approx((estimate.total + (ACTIVATION_MARGIN - 1) * estimate.activations) / GIB)
+    tight = plan_layout(CONFIG, replace(CLUSTER, memory_gib=needed["full"]), parallel)
+    assert isinstance(tight, Plan) and tight.config.training.recompute == "full" and tight.time.total > plan.time.total
+    refused = plan_layout(CONFIG, replace(CLUSTER, memory_gib=needed["full"] - 0.01), parallel)
+    assert isinstance(refused, Refusal) and refused.rule == "memory"
+    assert refused.needed_gib == pytest.approx(needed["full"] - 6)
+    assert "stage 0 needs" in refused.reason and "with full recomputation (weights " in refused.reason
+    assert "use more context ranks" in refused.reason  # activations are most of it
+
+
+@pytest.mark.parametrize(
+    "sizes, rule, reason",
+    [
+        ({"tensor": 4}, "parallel.tensor", "parallel.tensor=4 must divide model.num_key_value_heads=2"),
+        ({"pipeline": 3}, "parallel.pipeline", "must divide model.num_hidden_layers=4; use 1, 2 or 4."),
+        ({"expert": 4, "tensor": 2, "pipeline": 2}, "world_size", "must be a multiple of parallel.pipeline*expert"),
+    ],
+)
+def test_layouts_that_break_a_rule_say_which(sizes, rule, reason):
+    refused = plan_layout(CONFIG, CLUSTER, ParallelConfig(**sizes))
+    assert isinstance(refused, Refusal) and refused.rule == rule and reason in refused.reason
+
+
+def test_speed_follows_from_the_step():
+    plan = plan_layout(CONFIG, CLUSTER, ParallelConfig(tensor=2, expert=2, expert_tensor=1))
+    assert isinstance(plan, Plan)
+    assert plan.tokens_per_s_per_gpu == pytest.approx(8 * 16384 / plan.time.total / 8)
+    assert 0 < plan.mfu < 0.8

@@ -1,0 +1,116 @@
+"""Terms of a step against arithmetic done by hand on round numbers."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_m1.planning import Cluster, step_time
+from megatron_m1.planning.step_time import stage_balance
+
+CLUSTER = Cluster(
+    gpus=8, gpus_per_node=4, memory_gib=80, memory_tb_per_s=4.8, nvlink_gb_per_s=1.25, network_gb_per_s=0.125
+)
+MODEL = ModelConfig(
+    vocab_size=1000, hidden_size=100, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=50,
+    intermediate_size=30, num_local_experts=4, num_experts_per_tok=2, attn_type_list=[0, 0, 0, 1],
+)  # fmt: skip
+TOKENS = 4096
+COMPUTE = ("gemm", "experts", "lightning", "softmax", "elementwise", "head")
+
+
+def config(*, recompute="none", modules=("core_attn",), **parallel) -> Config:
+    training = TrainingConfig(
+        seq_length=TOKENS, micro_batch=1, global_batch=8, recompute=recompute, recompute_modules=list(modules)
+    )
+    return Config(model=MODEL, parallel=ParallelConfig(**parallel), training=training)
+
+
+def test_compute_of_one_rank():
+    """Eight data-parallel ranks, one sequence each."""
+    time = step_time(config(), CLUSTER)
+    lightning, softmax = 5 * 100 * 200, 2 * 100 * 200 + 2 * 100 * 100
+    assert time.gemm == pytest.approx(3 * 2 * TOKENS * (3 * lightning + softmax) / 700e12)
+    routed = 2 * TOKENS  # over 4 experts: 2048 rows each
+    assert time.experts == pytest.approx(4 * 3 * 6 * routed * 100 * 30 / 600e12)
+    assert time.softmax == pytest.approx(2 * 200 * TOKENS**2 * (1 / 554e12 + 2.5 / 390e12))
+    assert time.lightning == pytest.approx(3 * TOKENS * 200 * 2 / 4.3e12 * (4 / 0.71 + 7 / 0.34 + 12))
+    assert time.elementwise == pytest.approx(
+        3 * 2 * (4 * (10 * TOKENS * 100 + routed * (400 + 90)) + 3 * 4 * TOKENS * 200) / 4.3e12
+    )
+    assert time.head == pytest.approx(3 * 2 * TOKENS * 100 * 1000 / 50e12)
+    assert time.tensor == time.all_to_all == time.ring == time.states == time.pipeline == time.bubble == 0
+    assert time.imbalance == 0
+    assert time.total == pytest.approx(sum(vars(time).values()))
+
+
+def test_the_head_computes_a_fourth_product_in_chunks():
+    whole, chunks = config(), config()
+    chunks.training.head_chunk_tokens = TOKENS // 2
+    assert step_time(chunks, CLUSTER).head == pytest.approx(step_time(whole, CLUSTER).head * 4 / 3)
+
+
+def test_recomputation_repeats_the_forward_of_its_modules_only():
+    none, core, moe, full = (
+        step_time(config(recompute=mode, modules=modules), CLUSTER)
+        for mode, modules in (
+            ("none", ["core_attn"]), ("selective", ["core_attn"]), ("selective", ["moe"]), ("full", ["core_attn"])
+        )
+    )  # fmt: skip
+    assert full.gemm == pytest.approx(none.gemm * 4 / 3) and core.gemm == moe.gemm == none.gemm
+    assert moe.experts == full.experts == pytest.approx(none.experts * 4 / 3) and core.experts == none.experts
+    assert core.softmax == full.softmax > none.softmax == moe.softmax
+    assert full.head == none.head
+
+
+def test_communication_inside_layers():
+    time = step_time(config(tensor=2, expert=4, expert_tensor=1), CLUSTER)
+    hidden = TOKENS * 100 * 2
+    # 4 data-parallel ranks, 2 sequences each. Gathers of half the hidden states at 1 GB/s: 3 + 5 a lightning layer, 2 + 3 a softmax.
+    assert time.tensor == pytest.approx(2 * (3 * 8 + 5) * hidden / 2 / 1e9)
+    # Two copies of half the tokens, three quarters of them to other ranks, four times forth and back.
+    assert time.all_to_all == pytest.approx(2 * 4 * 4 * (hidden / 2 * 2 * 3 / 4) / 1e9)
+    without = step_time(config(tensor=2, sequence=False, expert=4, expert_tensor=1), CLUSTER)
+    assert without.tensor == pytest.approx(2 * (3 * 8 + 6) * hidden / 2 / 1e9)
+
+
+def test_communication_between_context_ranks():
+    time = step_time(config(context=4), CLUSTER)
+    compute = 2 * 200 * TOKENS * 1024
+    block = 2 * 1024 * 100 * 2  # K and V of a rank, bf16
+    forward = 3 * block / 1e9 - compute / 554e12
+    backward = 3 * 3 * block / 1e9 - 2.5 * compute / 390e12
+    # 2 data-parallel ranks: 4 micro-batches
+    assert time.ring == pytest.approx(4 * (forward + backward))
+    assert time.states == pytest.approx(4 * 3 * 2 * (2 * 3 * 4 * 4 * 50 * 50) / 1e9)
+    assert step_time(config(context=8), CLUSTER).states > 10 * time.states  # over the network
+
+
+def test_pipeline_terms_add_up_to_the_schedule():
+    """1F1B takes (micro-batches - 1) of the slowest stage and one of every stage; interleaving divides the rest."""
+    for chunks in (1, 2):
+        time = step_time(config(pipeline=2, virtual_pipeline=chunks), CLUSTER)  # 4 ranks, 2 micro-batches
+        mean = sum(getattr(time, name) for name in COMPUTE) / 2
+        slowest = mean + time.imbalance / 2
+        assert time.bubble == pytest.approx((2 * mean - slowest) / chunks)
+        assert time.pipeline == pytest.approx(2 * 2 * chunks * (TOKENS * 100 * 2) / 0.1e9)
+    assert time.imbalance > 0  # the softmax layer and the head are on the last stage
+
+
+def test_gradients_hide_behind_the_last_micro_batch():
+    plain = step_time(config(), CLUSTER)
+    lightning, softmax = 5 * 100 * 200, 2 * 100 * 200 + 2 * 100 * 100
+    dense = 3 * lightning + softmax + 4 * 4 * 100 + 2 * 1000 * 100
+    experts = 4 * 4 * 3 * 100 * 30
+    assert plain.data == pytest.approx((dense + experts) * (4 + 2) * 7 / 8 / 0.1e9)
+    overlapped = config(overlap_grad_reduce=True, overlap_param_gather=True)
+    one = sum(getattr(plain, name) for name in COMPUTE)
+    assert step_time(overlapped, CLUSTER).data == pytest.approx(plain.data - one)
+    total = dense + experts + 3 * 200 + 4 * 200 + 100  # norms too
+    assert plain.update == pytest.approx(30 * total / 8 / 4.3e12, rel=0.1)
+
+
+@pytest.mark.parametrize("stages, balance", [(1, 1.0), (2, 1.0), (4, 0.89), (5, 1.0), (8, 0.72), (10, 1.0)])
+def test_softmax_layers_unbalance_the_stages_at_a_million_tokens(stages, balance):
+    million = Config(parallel=ParallelConfig(pipeline=stages), training=replace(TrainingConfig(), seq_length=2**20))
+    assert stage_balance(million) == pytest.approx(balance, abs=0.005)
