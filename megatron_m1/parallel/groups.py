@@ -1,9 +1,11 @@
 """Model- and data-parallel process groups."""
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_m1 import platform
 from megatron_m1.config.schema import ParallelConfig
 
 __all__ = ["destroy_groups", "group_sizes", "init_groups"]
@@ -29,7 +31,7 @@ def init_groups(parallel: ParallelConfig, *, seed: int) -> ProcessGroupCollectio
     if groups.cp.size() > 1:
         # NCCL makes the communicator with the first operation, in which all ranks of the group must take part; ours may be a message
         # between two.
-        dist.barrier(group=groups.cp)
+        dist.all_reduce(torch.zeros(1, device=platform.device()), group=groups.cp)
     return groups
 
 

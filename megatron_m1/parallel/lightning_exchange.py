@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_m1.parallel.state_chain import Border, StateChains
+from megatron_m1.parallel.state_chain import Border, Chain, StateChains
 from megatron_m1.platform.streams import SideStream
 
 __all__ = ["AUTO_RING_BYTES", "ExchangeStats", "StateExchange", "exchange_method", "horizon"]
@@ -83,8 +83,8 @@ class StateExchange:
         kind = {"ring": _Ring, "all_gather": _AllGather}[method]
         stats = stats or ExchangeStats()
         self._forward, self._backward = (
-            kind(borders, put_in, taken, slopes, host_slopes, group, limit, stats)
-            for borders, put_in, taken in (
+            kind(chain, put_in, taken, slopes, host_slopes, group, limit, stats)
+            for chain, put_in, taken in (
                 (chains.forward, chains.most_leaving, len(chains.entering)),
                 (chains.backward, chains.most_entering, len(chains.leaving)),
             )
@@ -130,7 +130,7 @@ class _Travel:
 
     def __init__(
         self,
-        borders: list[Border],
+        chain: Chain,
         most: int,
         taken: int,
         slopes: Tensor,
@@ -139,28 +139,38 @@ class _Travel:
         limit: bool,
         stats: ExchangeStats,
     ) -> None:
-        self.borders, self.most, self.taken, self.group, self.stats = borders, most, taken, group, stats
+        self.chain, self.most, self.taken, self.group, self.stats = chain, most, taken, group, stats
         self.slopes, self.host_slopes, self.limit = slopes, host_slopes, limit
         self.rank, self.world = group.rank(), group.size()
 
-    def heads_beyond(self, shortest: int | None, dtype: torch.dtype) -> int:
+    def begin(self, states: Tensor) -> None:
+        self.order = _order(self.host_slopes, states.device)
+        self.states = states if self.order is None else states.index_select(1, self.order)
+        rates = self.slopes if self.order is None else self.slopes[self.order]
+        # e^{-s * length} [lengths, H, 1, 1] of all borders.
+        self.decays = (self.chain.lengths[:, None] * -rates.double()).exp().to(states.dtype)[:, :, None, None]
+        self.stats.exchanges += 1
+
+    def heads_beyond(self, shortest: int | None) -> int:
         """How many heads, the last ones in `order`, still hold something after `shortest` tokens."""
         if not self.limit:
             return len(self.host_slopes)
         if shortest is None:
             return 0
-        return sum(slope * shortest <= horizon(dtype) for slope in self.host_slopes)
+        return sum(slope * shortest <= horizon(self.states.dtype) for slope in self.host_slopes)
 
-    def begin(self, states: Tensor) -> None:
-        self.order = _order(self.host_slopes, states.device)
-        self.states = states if self.order is None else states.index_select(1, self.order)
-        self.decay_rates = (self.slopes if self.order is None else self.slopes[self.order]).double()
-        self.stats.exchanges += 1
-
-    def decays(self, border: Border, first_head: int) -> Tensor:
-        """e^{-s * length} [m, heads from first_head on, 1, 1] for the states that come from the border before."""
-        exponent = -self.decay_rates[first_head:] * border.lengths[:, None]
-        return exponent.exp().to(self.states.dtype)[:, :, None, None]
+    def passed_on(self, place: int, states: Tensor, arriving: Tensor | None, first_head: int) -> Tensor:
+        """What crosses border `place`: states [n, heads from first_head on, D, D], plus the faded `arriving` ones of the border before."""
+        border = self.chain.borders[place]
+        if not border.lengths:
+            return states
+        assert arriving is not None, "a document that crosses two borders comes through the chunk between them"
+        decays, arriving = self.decays[self.chain.spans[place], first_head:], arriving[border.previous]
+        if len(border.lengths) == border.count:
+            return torch.addcmul(states, decays, arriving)
+        passed = states.clone()
+        passed[border.onward] = torch.addcmul(states[border.onward], decays, arriving)
+        return passed
 
     def result(self) -> Tensor:
         return self.states.new_zeros(self.taken, *self.states.shape[1:])
@@ -184,31 +194,31 @@ class _AllGather(_Travel):
     def start(self, states: Tensor) -> None:
         self.begin(states)
         heads = states.shape[1]
-        shortest = min((b.shortest for b in self.borders if b.shortest is not None), default=None)
-        far = self.heads_beyond(shortest, states.dtype)
+        far = self.heads_beyond(min((length for b in self.chain.borders for length in b.lengths), default=None))
         self.near = heads - far
         self.stats.chained_heads += far
         self.stats.neighbour_heads += self.near
-        self.gathered, self.works = None, []
+        self.works: list[dist.Work] = []
+        self.mine = self.gathered = None
         if far:
-            mine = self.states.new_zeros(self.most, far, *states.shape[2:])
-            mine[: len(states)] = self.states[:, self.near :]
-            self.gathered = mine.new_empty(self.world * self.most, *mine.shape[1:])
-            self.works = [dist.all_gather_into_tensor(self.gathered, mine, group=self.group, async_op=True)]
-            self.mine = mine  # read until the work is done
+            self.mine = self.states.new_zeros(self.most, far, *states.shape[2:])
+            self.mine[: len(states)] = self.states[:, self.near :]
+            gathered = self.mine.new_empty(self.world * self.most, *self.mine.shape[1:])
+            self.works = [dist.all_gather_into_tensor(gathered, self.mine, group=self.group, async_op=True)]
+            self.gathered = gathered.unflatten(0, (self.world, self.most))
             self.stats.messages += 1
-            self.stats.sent_bytes += (self.world - 1) * mine.nbytes
+            self.stats.sent_bytes += (self.world - 1) * self.mine.nbytes
         self.received: dict[int, Tensor] = {}
         if self.near:
             self._to_neighbours()
 
     def _to_neighbours(self) -> None:
         sends, receives = [], []
-        for place, border in enumerate(self.borders):
+        for place, border in enumerate(self.chain.borders):
             if not border.count:
                 continue
             if border.source == self.rank:
-                message = self.states[:, : self.near].index_select(0, border.source_rows)
+                message = self.states[border.source_rows, : self.near].contiguous()
                 if border.target == self.rank:
                     self.received[place] = message
                 else:
@@ -216,7 +226,6 @@ class _AllGather(_Travel):
             elif border.target == self.rank:
                 self.received[place] = self.states.new_empty(border.count, self.near, *self.states.shape[2:])
                 receives.append((self.received[place], border.source))
-        self.sent = sends
         self.works += self.exchange_pairs(sends, receives)
 
     def finish(self) -> Tensor:
@@ -224,22 +233,19 @@ class _AllGather(_Travel):
             work.wait()
         result = self.result()
         for place, states in self.received.items():
-            result[:, : self.near].index_copy_(0, self.borders[place].target_rows, states)
+            result[self.chain.borders[place].target_rows, : self.near] = states
         if self.gathered is not None:
             self._scan(self.gathered, result[:, self.near :])
         return self.in_callers_order(result)
 
     def _scan(self, gathered: Tensor, result: Tensor) -> None:
         """The recurrence over the borders; what crosses to this rank goes to `result`."""
-        last = max((i for i, b in enumerate(self.borders) if b.target == self.rank and b.count), default=-1)
-        arriving = gathered[:0]
-        for border in self.borders[: last + 1]:
-            states = gathered.index_select(0, border.source_rows + border.source * self.most)
-            if border.shortest is not None:
-                states[border.onward] += self.decays(border, self.near) * arriving[border.previous]
+        last = max((i for i, b in enumerate(self.chain.borders) if b.target == self.rank and b.count), default=-1)
+        arriving = None
+        for place, border in enumerate(self.chain.borders[: last + 1]):
+            arriving = self.passed_on(place, gathered[border.source][border.source_rows], arriving, self.near)
             if border.target == self.rank:
-                result.index_copy_(0, border.target_rows, states)
-            arriving = states
+                result[border.target_rows] = arriving
 
 
 class _Ring(_Travel):
@@ -250,14 +256,14 @@ class _Ring(_Travel):
         self.near: dict[int, Tensor] = {}
         sends, receives = [], []
         self.side = SideStream()
-        self.side.fork(self.states)
+        self.side.fork(self.states, self.decays)
         with self.side.queue():
             for place, border in self._own_borders():
-                near = heads - self.heads_beyond(border.shortest, states.dtype)
+                near = heads - self.heads_beyond(border.shortest)
                 if border.source == self.rank:
                     self.stats.chained_heads += heads - near
                     self.stats.neighbour_heads += near
-                    self.near[place] = self.states[:, :near].index_select(0, border.source_rows)
+                    self.near[place] = self.states[border.source_rows, :near].contiguous()
                 else:
                     self.near[place] = self._empty(border, near)
                 if near and border.source == self.rank != border.target:
@@ -276,34 +282,33 @@ class _Ring(_Travel):
             for place, border in self._own_borders():
                 states = self.near[place]
                 if states.shape[1] < result.shape[1]:
-                    far = self._far(border, states.shape[1], arrived.get(place - 1))
+                    far = self._far(place, states.shape[1], arrived.get(place - 1))
                     if border.source == self.rank != border.target:
                         sending += self.exchange_pairs([(far, border.target)], [])
                     states = torch.cat([states, far], dim=1)
                 if border.target == self.rank:
                     arrived[place] = states
-                    result.index_copy_(0, border.target_rows, states)
+                    result[border.target_rows] = states
             for work in sending:
                 work.wait()
             result = self.in_callers_order(result)
         self.side.join(result)
         return result
 
-    def _far(self, border: Border, near: int, previous: Tensor | None) -> Tensor:
-        """The states of the heads from `near` on that cross `border`, received, or made from those that crossed the one before."""
+    def _far(self, place: int, near: int, arrived: Tensor | None) -> Tensor:
+        """The states of the heads from `near` on that cross a border, received, or made from those that crossed the one before."""
+        border = self.chain.borders[place]
         if border.source != self.rank:
             states = self._empty(border, self.states.shape[1] - near)
             for work in self.exchange_pairs([], [(states, border.source)]):
                 work.wait()
             return states
-        states = self.states[:, near:].index_select(0, border.source_rows)
-        if border.shortest is not None:
-            assert previous is not None, "a document that crosses two borders comes through the chunk between them"
-            states[border.onward] += self.decays(border, near) * previous[border.previous, near:]
-        return states
+        arriving = None if arrived is None else arrived[:, near:]
+        return self.passed_on(place, self.states[border.source_rows, near:], arriving, near).contiguous()
 
     def _own_borders(self) -> list[tuple[int, Border]]:
-        return [(i, b) for i, b in enumerate(self.borders) if b.count and self.rank in (b.source, b.target)]
+        borders = enumerate(self.chain.borders)
+        return [(place, b) for place, b in borders if b.count and self.rank in (b.source, b.target)]
 
     def _empty(self, border: Border, heads: int) -> Tensor:
         return self.states.new_empty(border.count, heads, *self.states.shape[2:])

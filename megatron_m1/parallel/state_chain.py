@@ -1,5 +1,7 @@
 """The way of lightning states along the chunks of a sequence: who hands which state to whom."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +9,10 @@ from torch import Tensor
 
 from megatron_m1.parallel.sequence_layout import Piece, SequenceLayout
 
-__all__ = ["Border", "StateChains", "state_chains"]
+__all__ = ["Border", "Chain", "StateChains", "state_chains"]
+
+type Rows = slice | Tensor
+"""Rows of a tensor: a slice where they are evenly spaced, so that taking them is a view."""
 
 
 @dataclass(frozen=True)
@@ -17,20 +22,33 @@ class Border:
     source: int
     """Context-parallel rank that has them, and `target` the one that takes them."""
     target: int
-    source_rows: Tensor
-    """int64 [n]: their rows among the states that the source rank puts in; `target_rows`: among those it gets."""
-    target_rows: Tensor
-    onward: Tensor
-    """int64 [m]: states here of documents that have crossed the border before; `previous`: their places there."""
-    previous: Tensor
-    lengths: Tensor
-    """float64 [m]: tokens of these documents between the two borders."""
-    shortest: int | None
-    """The smallest of `lengths`; None: no document crosses both borders."""
+    count: int
+    """States here."""
+    source_rows: Rows
+    """Their rows among the states that the source rank puts in; `target_rows`: among those that the target rank gets."""
+    target_rows: Rows
+    onward: Rows
+    """States here of documents that have crossed the border before; `previous`: their places there."""
+    previous: Rows
+    lengths: tuple[int, ...]
+    """Tokens of these documents between the two borders."""
 
     @property
-    def count(self) -> int:
-        return len(self.source_rows)
+    def shortest(self) -> int | None:
+        """The smallest of `lengths`; None: no document crosses both borders."""
+        return min(self.lengths, default=None)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One direction of travel."""
+
+    borders: list[Border]
+    """In the order of travel."""
+    lengths: Tensor
+    """float64 [sum of m]: the borders' lengths one after another."""
+    spans: list[slice]
+    """Each border's in `lengths`."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +58,8 @@ class StateChains:
     forward: what leaves the chunks' last pieces, to the pieces that go on. backward: gradients, the same way back.
     """
 
-    forward: list[Border]
-    backward: list[Border]
+    forward: "Chain"
+    backward: "Chain"
     leaving: list[int]
     """Local pieces whose final state is put in, in this order."""
     entering: list[int]
@@ -91,27 +109,37 @@ def _build(layout: SequenceLayout, device: torch.device) -> StateChains:
         ]
         onward, previous, lengths = zip(*links) if links else ((), (), ())
         source, target = (left, left + 1) if forward else (left + 1, left)
-
-        def index(values) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
         return Border(
             source=owner[source],
             target=owner[target],
-            source_rows=index(leave if forward else enter),
-            target_rows=index(enter if forward else leave),
-            onward=index(onward),
-            previous=index(previous),
-            lengths=torch.tensor(lengths, dtype=torch.float64, device=device),
-            shortest=min(lengths, default=None),
+            count=len(documents),
+            source_rows=_rows(leave if forward else enter, device),
+            target_rows=_rows(enter if forward else leave, device),
+            onward=_rows(onward, device),
+            previous=_rows(previous, device),
+            lengths=lengths,
         )
 
     lefts = range(chunks - 1)
     return StateChains(
-        forward=[border(left, forward=True) for left in lefts],
-        backward=[border(left, forward=False) for left in reversed(lefts)],
+        forward=_chain([border(left, forward=True) for left in lefts], device),
+        backward=_chain([border(left, forward=False) for left in reversed(lefts)], device),
         leaving=[i for i, piece in enumerate(layout.local_pieces) if piece.leaves],
         entering=[i for i, piece in enumerate(layout.local_pieces) if piece.enters],
         most_leaving=max(leaving for leaving, _ in counts),
         most_entering=max(entering for _, entering in counts),
     )
+
+
+def _chain(borders: list[Border], device: torch.device) -> Chain:
+    ends = list(itertools.accumulate(len(border.lengths) for border in borders))
+    lengths = [length for border in borders for length in border.lengths]
+    spans = [slice(first, end) for first, end in zip([0, *ends], ends)]
+    return Chain(borders, torch.tensor(lengths, dtype=torch.float64, device=device), spans)
+
+
+def _rows(values: Sequence[int], device: torch.device) -> Rows:
+    step = values[1] - values[0] if len(values) > 1 else 1
+    if step > 0 and all(b - a == step for a, b in itertools.pairwise(values)):
+        return slice(values[0], values[-1] + 1, step) if values else slice(0, 0)
+    return torch.tensor(values, dtype=torch.int64, device=device)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from m1_kernels import lightning_attention_reference, slopes
+from torch import Tensor
 
 from megatron_m1.parallel.lightning_context import LightningContext
-from megatron_m1.parallel.lightning_exchange import ExchangeStats
+from megatron_m1.parallel.lightning_exchange import ExchangeStats, StateExchange
 from megatron_m1.parallel.sequence_layout import SequenceLayout
+from megatron_m1.parallel.state_chain import state_chains
 
 TOKENS, DIM = 48, 4
 # Borders of chunks lie at multiples of 48 / 2W: 12 for two ranks, 6 for four.
@@ -38,14 +40,14 @@ def cases(world: int, rank: int) -> dict[str, Case]:
     return found
 
 
-def inputs(case: Case, heads: int) -> list[torch.Tensor]:
+def inputs(case: Case, heads: int) -> list[Tensor]:
     """q, k, v and the gradient of the output, of the whole sequence."""
     generator = torch.Generator().manual_seed(11)
     shape = (case.rows, TOKENS, heads, DIM)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4)]
 
 
-def of_one_rank(case: Case, rates: torch.Tensor) -> list[torch.Tensor]:
+def of_one_rank(case: Case, rates: Tensor) -> list[Tensor]:
     """o, dq, dk, dv of the whole sequence by the recurrent reference."""
     *qkv, do = inputs(case, len(rates))
     qkv = [x.requires_grad_() for x in qkv]
@@ -56,8 +58,8 @@ def of_one_rank(case: Case, rates: torch.Tensor) -> list[torch.Tensor]:
 
 
 def over_ranks(
-    case: Case, rates: torch.Tensor, group: dist.ProcessGroup, *, method: str, limit: bool = True, dtype=torch.float64
-) -> tuple[list[torch.Tensor], ExchangeStats]:
+    case: Case, rates: Tensor, group: dist.ProcessGroup, *, method: str, limit: bool = True, dtype=torch.float64
+) -> tuple[list[Tensor], ExchangeStats]:
     """o, dq, dk, dv of this rank's tokens."""
     context = LightningContext(group, rates.tolist(), method=method, limit=limit)
     *qkv, do = (case.layout.partition(x, 1).to(dtype) for x in inputs(case, len(rates)))
@@ -79,23 +81,49 @@ def differences(rank: int, world: int) -> dict[tuple[str, str], float]:
     return worst
 
 
-def limited_and_unlimited(
-    rank: int, world: int
-) -> dict[tuple[str, str], tuple[bool, bool, ExchangeStats, ExchangeStats]]:
-    """By case and method: equal bit by bit to the unlimited exchange, and to the all-gather, and what each of the two sent."""
-    # fp32, chunks of 6 or 12 tokens: heads that fade within a chunk, within two, within none; not in the order of their slopes.
-    rates = torch.tensor([20.0, 0.01, 9.0, 120.0, 3.0])
+# fp32, chunks of 6 or 12 tokens: heads that fade within a piece, within a chunk, within two, never; not in the order of their slopes.
+RATES = torch.tensor([20.0, 0.01, 9.0, 120.0, 3.0])
+
+
+@dataclass
+class Limits:
+    """What a limit by the horizon does to one case and method."""
+
+    same: bool
+    """Whether o and all gradients are bit by bit those without it."""
+    limited: ExchangeStats
+    unlimited: ExchangeStats
+
+
+def limited_and_unlimited(rank: int, world: int) -> dict[tuple[str, str], Limits]:
+    """By case and method."""
     found = {}
     for name, case in cases(world, rank).items():
-        gathered, _ = over_ranks(case, rates, dist.group.WORLD, method="all_gather", dtype=torch.float32)
         for method in ("ring", "all_gather"):
-            limited, stats = over_ranks(case, rates, dist.group.WORLD, method=method, dtype=torch.float32)
-            unlimited, all_stats = over_ranks(
-                case, rates, dist.group.WORLD, method=method, dtype=torch.float32, limit=False
+            (limited, few), (unlimited, many) = (
+                over_ranks(case, RATES, dist.group.WORLD, method=method, limit=limit, dtype=torch.float32)
+                for limit in (True, False)
             )
             same = all(torch.equal(a, b) for a, b in zip(limited, unlimited, strict=True))
-            as_gathered = all(
-                torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(limited, gathered, strict=True)
-            )
-            found[name, method] = (same, as_gathered, stats, all_stats)
+            found[name, method] = Limits(same, few, many)
+    return found
+
+
+def exchanged_states(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
+    """Entry states and gradients of the final states, fp32, of every case: by the ring, by the all-gather."""
+    found = []
+    for case in cases(world, rank).values():
+        chains = state_chains(case.layout, torch.device("cpu"))
+        shape = (len(RATES), DIM, DIM)
+        generator = torch.Generator().manual_seed(rank)
+        leaving = torch.randn(len(chains.leaving), *shape, generator=generator)
+        gradient = torch.randn(len(chains.entering), *shape, generator=generator)
+        results = []
+        for method in ("ring", "all_gather"):
+            exchange = StateExchange(chains, RATES, host_slopes=RATES.tolist(), group=dist.group.WORLD, method=method)
+            states = leaving.clone().requires_grad_()
+            entering = exchange.finish(exchange.start(states))
+            entering.backward(gradient)
+            results.append(torch.cat([entering.detach(), states.grad]))
+        found.append(tuple(results))
     return found
