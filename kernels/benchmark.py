@@ -198,7 +198,7 @@ class Bench:
             documents=shape.documents().count if row.section == "packed" else None,
             ms=timed.ms,
             host_ms=timed.host_ms,
-            floor_ms=None if floor_bytes is None else floor_bytes / self.report.copy_bytes_per_s * 1e3,
+            floor_ms=None if floor_bytes is None else floor_bytes / self.report.ceilings["copy_bytes_per_s"] * 1e3,
             peak_gib=timed.peak_bytes / reports.GIB,
             error=off,
             repeats=timed.repeats,
@@ -214,9 +214,11 @@ def _new_report(arguments: Sequence[str], hardware: dict, device: Device) -> Rep
         command=reports.command("m1_kernels.benchmark", arguments),
         commit=reports.commit(),
         hardware=hardware,
-        versions=versions(),
+        versions=versions("torch", "triton", "fla-core", "lightning-attn"),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        copy_bytes_per_s=copy_rate(device, torch.empty(reports.GIB, dtype=torch.int8, device="cuda")),
+        ceilings={
+            "copy_bytes_per_s": copy_rate(device, torch.empty(reports.GIB, dtype=torch.int8, device="cuda")),
+        },
     )
 
 

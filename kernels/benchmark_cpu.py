@@ -1,97 +1,126 @@
 """Time lightning attention's torch path on the CPU: `python -m m1_kernels.benchmark_cpu --help`.
 
-Per shape: forward and forward + backward of the chunked path, of a block loop as in transformers' MiniMax (blocks of
-256 tokens, plain autograd), and of causal scaled_dot_product_attention. GFLOP/s count what the chunked algorithm needs,
-4CD + 4D^2 per token and head forward and 12CD + 10D^2 backward, and are set against a large square matmul in this run.
+Against a block loop as in transformers' MiniMax (blocks of 256 tokens, plain autograd) and, for scale, causal
+scaled_dot_product_attention; float32, from a packed qkv, forward without gradients and forward + backward. Best of
+`--repeats`, the implementations taking turns, so that their ratio bears other load on the machine. The floor is the
+matrix products of the chunked algorithm, 4CD + 4D^2 flops per token and head forward and 12CD + 10D^2 backward, at the
+rate of a large square product in this run. Writes kernels/results/lightning_cpu.json.
 """
 
 import argparse
+import dataclasses
+import datetime
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from m1_kernels import benchmark_report as reports
+from m1_kernels.benchmark_peers import versions
+from m1_kernels.benchmark_report import OURS, Report, Row
 from m1_kernels.chunked import chunk_size
 from m1_kernels.dispatch import lightning_attention
 from m1_kernels.slopes import slopes as layer_slopes
 from m1_kernels.softmax import softmax_attention
 
+__all__ = ["block_loop", "block_tables", "main"]
+
 BLOCK = 256
+MEASURES = ("forward", "forward+backward")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--batch", type=int, default=1)
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="python -m m1_kernels.benchmark_cpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-
-    rate = matmul_rate(arguments.repeats)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, float32, matmul {rate:.0f} GFLOP/s")
-    print(f"B={arguments.batch} H={arguments.heads} D={arguments.head_dim}; ms forward / forward + backward")
-    print(f"{'T':>6} {'chunked':>15} {'GFLOP/s':>11} {'of matmul':>11} {'block loop':>15} {'SDPA':>15} {'vs loop':>11}")
-    for tokens in arguments.tokens:
-        print(table_row(arguments.batch, tokens, arguments.heads, arguments.head_dim, rate, arguments.repeats))
-
-
-def table_row(batch: int, tokens: int, heads: int, dim: int, rate: float, repeats: int) -> str:
-    """One line of the table for one shape; rate: GFLOP/s of a large matmul."""
-    decay = layer_slopes(heads, 0, 8)
-    qkv = torch.randn(batch, tokens, heads, 3 * dim)
-    tables = block_tables(decay)
-    chunked = time_both(lambda q, k, v: lightning_attention(q, k, v, decay), qkv, repeats)
-    loop = time_both(lambda q, k, v: block_loop(q, k, v, tables), qkv, repeats)
-    softmax = time_both(lambda q, k, v: softmax_attention(q, k, v, scale=dim**-0.5), qkv, repeats)
-    chunk = chunk_size(dim)
-    forward = batch * tokens * heads * (4 * chunk * dim + 4 * dim**2) / 1e9
-    both = batch * tokens * heads * (16 * chunk * dim + 14 * dim**2) / 1e9
-    speed = forward / chunked[0], both / chunked[1]
-    cells = [
-        "{:.2f} / {:.2f}".format(*(1e3 * t for t in chunked)),
-        "{:.0f} / {:.0f}".format(*speed),
-        "{:.0%} / {:.0%}".format(*(s / rate for s in speed)),
-        "{:.2f} / {:.2f}".format(*(1e3 * t for t in loop)),
-        "{:.2f} / {:.2f}".format(*(1e3 * t for t in softmax)),
-        "{:.2f} / {:.2f}".format(*(a / b for a, b in zip(loop, chunked, strict=True))),
-    ]
-    return f"{tokens:>6} " + " ".join(
-        f"{cell:>{width}}" for cell, width in zip(cells, (15, 11, 11, 15, 15, 11), strict=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=reports.default_path("lightning", "cpu"))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    report = Report(
+        command=reports.command("m1_kernels.benchmark_cpu", arguments),
+        commit=reports.commit(),
+        hardware=reports.hardware("cpu"),
+        versions=versions("torch"),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        ceilings={"matmul_flop_per_s": matmul_rate(options.repeats)},
     )
+    for tokens in options.tokens:
+        report.rows += rows(tokens, options.heads, options.head_dim, options.repeats, report.ceilings)
+        report.save(options.output)
+    print(reports.tables(report))
+    print(f"\nsaved to {options.output}")
+    return 0
 
 
-def time_both(attention: Callable[..., torch.Tensor], qkv: torch.Tensor, repeats: int) -> tuple[float, float]:
-    """Best seconds of (forward without gradients, forward + backward to the packed qkv)."""
-    gradient = torch.randn(*qkv.shape[:3], qkv.shape[3] // 3)
+def rows(tokens: int, heads: int, dim: int, repeats: int, ceilings: dict[str, float]) -> list[Row]:
+    """Forward, and forward + backward, of every implementation at one shape."""
+    torch.manual_seed(0)
+    decay = layer_slopes(heads, 0, 8)
+    tables = block_tables(decay)
+    qkv = torch.randn(1, tokens, heads, 3 * dim)
+    gradient = torch.randn(1, tokens, heads, dim)
+    implementations: dict[str, Callable[..., torch.Tensor]] = {
+        OURS: lambda q, k, v: lightning_attention(q, k, v, decay),
+        "block loop": lambda q, k, v: block_loop(q, k, v, tables),
+        "torch flash": lambda q, k, v: softmax_attention(q, k, v, scale=dim**-0.5),
+    }
+    found = []
+    for measure in MEASURES:
+        calls = {name: call(measure, attention, qkv, gradient) for name, attention in implementations.items()}
+        best = best_times(calls, repeats)
+        floor = floor_flops(measure, tokens, heads, dim) / ceilings["matmul_flop_per_s"]
+        for name, seconds in best.items():
+            row = Row("lightning", measure, name, tokens, heads, dim, ms=1e3 * seconds, repeats=repeats)
+            found.append(row if name == "torch flash" else dataclasses.replace(row, floor_ms=1e3 * floor))
+    return found
+
+
+def call(
+    measure: str, attention: Callable[..., torch.Tensor], qkv: torch.Tensor, gradient: torch.Tensor
+) -> Callable[[], None]:
+    """What is timed: from the packed qkv to o, or on to the gradient of qkv."""
+    dim = gradient.shape[-1]
 
     def forward() -> None:
         with torch.no_grad():
-            attention(*qkv.split(qkv.shape[3] // 3, dim=-1))
+            attention(*qkv.split(dim, dim=-1))
 
     def both() -> None:
         leaf = qkv.detach().requires_grad_()
-        attention(*leaf.split(leaf.shape[3] // 3, dim=-1)).backward(gradient)
+        attention(*leaf.split(dim, dim=-1)).backward(gradient)
 
-    return best_time(forward, repeats), best_time(both, repeats)
+    return forward if measure == "forward" else both
 
 
-def best_time(run: Callable[[], None], repeats: int) -> float:
-    """Least wall time in seconds of `repeats` runs after two warm-up runs."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times[2:])
+def floor_flops(measure: str, tokens: int, heads: int, dim: int) -> int:
+    """Flops of the chunked algorithm's matrix products."""
+    chunk = chunk_size(dim)
+    inside, across = (4, 4) if measure == "forward" else (4 + 12, 4 + 10)
+    return tokens * heads * (inside * chunk * dim + across * dim**2)
+
+
+def best_times(
+    calls: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Least seconds of `repeats` runs of each call after one to warm up; the calls take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, run in calls.items():
+            start = clock()
+            run()
+            times[name].append(clock() - start)
+    return {name: min(measured[1:]) for name, measured in times.items()}
 
 
 def matmul_rate(repeats: int, size: int = 1024) -> float:
-    """GFLOP/s of one float32 [size, size] product."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / best_time(lambda: torch.mm(a, b), repeats) / 1e9
+    """Flops per second of one float32 [size, size] product."""
+    a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    return 2 * size**3 / best_times({"": lambda: torch.mm(a, b, out=c)}, 4 * repeats)[""]
 
 
 def block_tables(decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,4 +149,4 @@ def block_loop(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: tuple[
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,7 +8,7 @@ import torch
 from m1_kernels import benchmark_cases as cases
 from m1_kernels import benchmark_peers as peers
 from m1_kernels.benchmark_cases import Shape
-from m1_kernels.benchmark_report import decode_bytes, floor_bytes
+from m1_kernels.benchmark_report import OURS, decode_bytes, floor_bytes
 from m1_kernels.dispatch import lightning_attention
 
 __all__ = ["MEASURES", "Entry", "Section", "section_of"]
@@ -122,7 +122,7 @@ def _block() -> Section:
             refusal=refusal,
         )
 
-    entries = [entry(peers.OURS, peers.load(peers.own_block, "m1_kernels"))]
+    entries = [entry(OURS, peers.load(peers.own_block, "m1_kernels"))]
     for contender in peers.CONTENDERS:
         if not contender.exact or contender.requirement == "m1_kernels":
             continue
@@ -165,7 +165,7 @@ def _decode() -> Section:
     return Section(
         "decode",
         (
-            entry(peers.OURS, peers.own_step),
+            entry(OURS, peers.own_step),
             entry("ours, CUDA graph", peers.own_step, graph=True),
             entry("fla", fla, negative=True),
         ),

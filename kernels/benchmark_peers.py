@@ -5,15 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from m1_kernels.benchmark_report import OURS
 from m1_kernels.decode import lightning_attention_step
 from m1_kernels.dispatch import IMPLEMENTATIONS, lightning_attention
 from m1_kernels.pointwise import gated_rms_norm
 from m1_kernels.softmax import softmax_attention
 
-__all__ = ["CONTENDERS", "OURS", "Attention", "Contender", "Documents", "load", "own_block", "peer_block", "versions"]
+__all__ = ["CONTENDERS", "Attention", "Contender", "Documents", "load", "own_block", "peer_block", "versions"]
 
 NORM_EPS = 1e-6
-OURS = "ours"
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ def fla_step() -> Step:
     return step
 
 
-def versions() -> dict[str, str]:
-    """Version of every package that takes part, or "not installed"."""
+def versions(*packages: str) -> dict[str, str]:
+    """Version of each package, or "not installed"."""
     found = {}
-    for package in ("torch", "triton", "fla-core", "lightning-attn"):
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

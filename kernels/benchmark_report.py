@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PASSES", "Report", "Row", "commit", "decode_bytes", "floor_bytes", "tables"]
+__all__ = ["OURS", "PASSES", "Report", "Row", "commit", "decode_bytes", "floor_bytes", "tables"]
 
 # Times that one tensor [N, H, D] must cross the memory bus, for a design with two sweeps backward.
 # block: the norm reads o and gate and writes its result, backward it reads three and writes two.
@@ -23,6 +23,7 @@ PASSES = {
     ("block", "forward"): 7,
     ("block", "forward+backward"): 22,
 }
+OURS = "ours"
 SEGMENTED_EXTRA = 2  # the state pre-pass reads k and v once more
 GIB = 1 << 30
 
@@ -61,14 +62,17 @@ class Row:
 
 @dataclass
 class Report:
-    """Everything about one run that is kept."""
+    """Everything about one run that is kept.
+
+    ceilings: what the floors are made of, measured in the same run: copy_bytes_per_s, or matmul_flop_per_s.
+    """
 
     command: str
     commit: str
     hardware: dict[str, Any]
     versions: dict[str, str]
     started: str
-    copy_bytes_per_s: float
+    ceilings: dict[str, float]
     notes: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
@@ -135,14 +139,14 @@ def command(module: str, arguments: Iterable[str]) -> str:
 
 
 def tables(report: Report) -> str:
-    """The whole report as text: a table of times, of memory and of errors per section, measure and head count."""
+    """The whole report as text: per section, measure and heads the times, how often ours fits in them, memory, errors."""
     lines = [
-        f"{report.hardware['device']}; torch {report.versions['torch']}, triton {report.versions['triton']}; "
-        f"copy {report.copy_bytes_per_s / 1e12:.2f} TB/s; commit {report.commit[:12]}",
+        ", ".join(f"{name} {value}" for name, value in report.hardware.items()),
+        ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        ", ".join(f"{name} {value:.3g}" for name, value in report.ceilings.items()) + f"; commit {report.commit[:12]}",
         f"$ {report.command}",
         *report.notes,
     ]
-    lines += [f"{name}: not installed" for name, version in report.versions.items() if version == "not installed"]
     groups: dict[tuple[str, str, int, int], list[Row]] = {}
     for row in report.rows:
         groups.setdefault((row.section, row.measure, row.heads, row.dim), []).append(row)
@@ -150,6 +154,10 @@ def tables(report: Report) -> str:
         unit = "slots" if section == "decode" else "tokens"
         lines += ["", f"== {section}: {measure}, H={heads}, D={dim}; ms (share of the floor)"]
         lines += _grid(rows, unit, _time_cell, with_floor=True)
+        if ours := {row.tokens: row.ms for row in rows if row.name == OURS and row.ms is not None}:
+            others = [row for row in rows if row.name != OURS and row.ms is not None and row.tokens in ours]
+            if others:
+                lines += ["-- time over ours", *_grid(others, unit, lambda row: f"{row.ms / ours[row.tokens]:.2f}")]
         if any(row.peak_gib is not None for row in rows):
             lines += ["-- peak memory, GiB", *_grid(rows, unit, lambda row: _number(row.peak_gib, ".2f"))]
         if any(row.error is not None for row in rows):

@@ -54,7 +54,7 @@ def empty_report() -> Report:
         hardware={"device": "GPU 1"},
         versions={"torch": "2.11", "triton": "3.6", "fla-core": "not installed"},
         started="2026-01-01T00:00:00+00:00",
-        copy_bytes_per_s=4e12,
+        ceilings={"copy_bytes_per_s": 4e12},
     )
 
 
@@ -242,11 +242,13 @@ def test_tables_and_file(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     assert content["hardware"] == {"device": "GPU 1"} and content["commit"] == "abc123"
     text = tables(report)
-    assert "fla-core: not installed" in text
+    assert "fla-core not installed" in text
     lines = text.splitlines()
     start = lines.index("== forward: forward, H=64, D=128; ms (share of the floor)")
     assert lines[start + 1].split() == ["tokens", "floor", "ours", "fla", "lightning-attn"]
     assert lines[start + 2].split() == ["1024", "0.1", "0.2", "(50%)", "0.6", "(17%)*", "out", "of", "memory"]
+    ratios = lines.index("-- time over ours", start)
+    assert lines[ratios + 2].split() == ["1024", "3.00"]
     assert "   lightning-attn: out of memory [1024, 8192]" in lines
 
 
