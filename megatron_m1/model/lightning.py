@@ -1,5 +1,7 @@
 """Lightning attention layer: linear attention with a fixed decay per head."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,23 +90,26 @@ class LightningAttention(MegatronModule):
         if self.slopes.device != qkv.device:
             self.slopes = self.slopes.to(qkv.device)
 
-        def core(qkv: Tensor) -> Tensor:
-            return self._attend(qkv, packed_seq_params, inference_context)
+        def start(qkv: Tensor) -> Callable[[], Tensor]:
+            return self._start(qkv, packed_seq_params, inference_context)
 
-        out = checkpoint(core, False, qkv) if self.recompute_core and self.training else core(qkv)
-        gate, _ = self.output_gate(hidden_states)
-        out, _ = self.out_proj(self.norm(out, gate))
+        recompute = self.recompute_core and self.training
+        finish = partial(checkpoint, lambda qkv: start(qkv)(), False, qkv) if recompute else start(qkv)
+        gate, _ = self.output_gate(hidden_states)  # while states travel between context-parallel ranks
+        out, _ = self.out_proj(self.norm(finish(), gate))
         return out, None
 
-    def _attend(self, qkv: Tensor, packed: SequenceParams | None, cache: AttentionCache | None) -> Tensor:
-        """[s, b, heads*3*D] head-major [q|k|v] -> [s, b, heads*D]."""
+    def _start(self, qkv: Tensor, packed: SequenceParams | None, cache: AttentionCache | None) -> Callable[[], Tensor]:
+        """[s, b, heads*3*D] head-major [q|k|v] -> a function that returns [s, b, heads*D]."""
         seq, batch = qkv.shape[:2]
         qkv = torch.nn.functional.silu(qkv).view(seq, batch, self.local_heads, 3 * self.head_dim).transpose(0, 1)
         q, k, v = qkv.split(self.head_dim, dim=-1)
+        finish: Callable[[], Tensor]
         if cache is not None:
-            out = cache.lightning(self.layer_number, q, k, v, self.slopes)
+            finish = partial(cache.lightning, self.layer_number, q, k, v, self.slopes)
         elif packed is not None and packed.layout is not None:
-            out = self.context.attend(q, k, v, self.slopes, packed.layout)
+            finish = self.context.start(q, k, v, self.slopes, packed.layout)
         else:
-            out = lightning_attention(q, k, v, self.slopes, cu_seqlens=None if packed is None else packed.cu_seqlens_q)
-        return out.transpose(0, 1).reshape(seq, batch, -1)
+            cu_seqlens = None if packed is None else packed.cu_seqlens_q
+            finish = partial(lightning_attention, q, k, v, self.slopes, cu_seqlens=cu_seqlens)
+        return lambda: finish().transpose(0, 1).reshape(seq, batch, -1)

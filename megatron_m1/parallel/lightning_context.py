@@ -1,6 +1,7 @@
 """Lightning attention over a sequence that lies on several ranks."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,11 +18,14 @@ __all__ = ["LightningContext", "final_states"]
 
 BLOCK_TOKENS = 4096
 """Tokens whose keys and values are held in the dtype of the states at a time."""
+SPARE_STATES = 16
+"""The kernel takes an entry state for every piece or for none. With more pieces than this that start from zero their states would cost
+more memory (H * D * D * 4 bytes each) than adding the few others' share to the output takes time."""
 
 
 @dataclass
 class LightningContext:
-    """attend(q, k, v, slopes, layout) of one layer, over the ranks of a context-parallel group.
+    """Lightning attention of one layer over the ranks of a context-parallel group.
 
     host_slopes: the layer's slopes (of this tensor-parallel rank's heads), which say how far each head's state travels.
     method: `auto`, `ring`, `all_gather`; see `exchange_method`.  limit: see `StateExchange`.
@@ -33,17 +37,19 @@ class LightningContext:
     limit: bool = True
     stats: ExchangeStats = field(default_factory=ExchangeStats)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, layout: SequenceLayout) -> Tensor:
-        """o [B, T/W, H, D] for this rank's tokens; q, k, v likewise, as for `lightning_attention`.
+    def start(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, layout: SequenceLayout) -> Callable[[], Tensor]:
+        """A function that returns o [B, T/W, H, D] for this rank's tokens; q, k, v likewise, as for `lightning_attention`.
 
+        What the caller does before it asks for o overlaps with the exchange of states, and its backward pass with the one back.
         slopes: fp32 [H] on the device. Every rank of the group must call it, and go backward through it.
         """
         chains = state_chains(layout, q.device)
         if chains.empty:
-            return _local(q, k, v, slopes, layout, None)
-        heads, dim = q.shape[2:]
-        dtype = _state_dtype(q)
-        state_bytes = heads * dim * dim * dtype.itemsize
+            return lambda: _local(q, k, v, slopes, layout, None)
+        pieces = layout.local_pieces
+        leaving, entering = ([pieces[i] for i in places] for places in (chains.leaving, chains.entering))
+        states = final_states(k, v, slopes, leaving)
+        state_bytes = math.prod(states.shape[1:]) * states.itemsize
         method = exchange_method(self.method, chains=chains, world=layout.world, state_bytes=state_bytes)
         exchange = StateExchange(
             chains,
@@ -54,18 +60,20 @@ class LightningContext:
             limit=self.limit,
             stats=self.stats,
         )
-        pieces = layout.local_pieces
-        token = exchange.start(final_states(k, v, slopes, [pieces[i] for i in chains.leaving]))
-        if method == "ring":
+        token = exchange.start(states)
+        if method == "ring" or len(pieces) > SPARE_STATES + len(entering):
             out = _local(q, k, v, slopes, layout, None)
+            return lambda: _AddEntered.apply(out, q, exchange.finish(token), slopes, entering)
+
+        def finish() -> Tensor:
             entry = exchange.finish(token)
-            return _AddEntered.apply(out, q, entry, slopes, [pieces[i] for i in chains.entering])
-        entry = exchange.finish(token)
-        places = layout.memo(
-            ("entering", q.device), lambda: torch.tensor(chains.entering, dtype=torch.int64, device=q.device)
-        )
-        initial = entry.new_zeros(len(pieces), *entry.shape[1:]).index_copy(0, places, entry)
-        return _local(q, k, v, slopes, layout, initial)
+            places = layout.memo(
+                ("entering", q.device), lambda: torch.tensor(chains.entering, dtype=torch.int64, device=q.device)
+            )
+            initial = entry.new_zeros(len(pieces), *entry.shape[1:]).index_copy(0, places, entry)
+            return _local(q, k, v, slopes, layout, initial)
+
+        return finish
 
 
 def _local(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, layout: SequenceLayout, initial: Tensor | None) -> Tensor:

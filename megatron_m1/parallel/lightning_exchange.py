@@ -12,6 +12,8 @@ they go to the neighbour alone, at once, and take no part in the chain or in the
 Source: LASP (arXiv 2404.02882) for the ring, LASP-2 (arXiv 2502.07563) for the all-gather; neither has the horizon, packing or zig-zag.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,8 @@ from megatron_m1.parallel.state_chain import Border, Chain, StateChains
 from megatron_m1.platform.streams import SideStream
 
 __all__ = ["AUTO_RING_BYTES", "ExchangeStats", "StateExchange", "exchange_method", "horizon"]
+
+logger = logging.getLogger("megatron_m1")
 
 AUTO_RING_BYTES = 64 << 20
 """`auto` takes the ring where an all-gather would bring a rank more than this: about a millisecond of a 50 GB/s link."""
@@ -55,7 +59,16 @@ def exchange_method(method: str, *, chains: StateChains, world: int, state_bytes
     if method != "auto":
         return method
     received = (world - 1) * max(chains.most_leaving, chains.most_entering) * state_bytes
-    return "ring" if received > AUTO_RING_BYTES else "all_gather"
+    chosen = "ring" if received > AUTO_RING_BYTES else "all_gather"
+    _log_once(
+        f"lightning states over {world} context-parallel ranks: {chosen} (auto: {AUTO_RING_BYTES >> 20} MiB is the limit of all_gather)"
+    )
+    return chosen
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
 
 
 class StateExchange:
