@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Pretrain (or continually pretrain) MiniMax-M1 456B at 32K with torchrun. Run it on every node:
+# Pretrain, continually pretrain or lengthen the context of MiniMax-M1 456B with torchrun. Run it on every node:
 #   NODE_RANK=0 MASTER_ADDR=node0 DATA=/data/train bash examples/pretrain_456b.sh              # 32 nodes of 8 GPUs
 #   NNODES=64 NODE_RANK=3 MASTER_ADDR=node0 STAGE=continual LOAD=/ckpt/m1 bash examples/pretrain_456b.sh
+#   NNODES=64 NODE_RANK=0 MASTER_ADDR=node0 STAGE=context_1m bash examples/pretrain_456b.sh
 #   DRY_RUN=1 bash examples/pretrain_456b.sh                                                   # anywhere, no GPU
-# Environment: STAGE (pretrain|continual), NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT, DATA (prefixes,
-# comma-separated), VALID, TOKENIZER, RUN (folder of checkpoints and logs), LOAD (weights to start from; needed for
-# continual), PYTHON. Further arguments are passed on, e.g. --training.steps 20.
+# Environment: STAGE (pretrain|continual|context_32k|context_128k|context_512k|context_1m), LAYOUT (such as 32k_256gpu, see
+# stages_456b.sh), NNODES, GPUS_PER_NODE, NODE_RANK, MASTER_ADDR, MASTER_PORT, DATA (prefixes, comma-separated), VALID, TOKENIZER,
+# RUN (folder of checkpoints and logs), LOAD (weights to start from; by default those of the stage before), PYTHON. Further
+# arguments are passed on, e.g. --training.steps 20.
 # A run that finds RUN/checkpoints/latest resumes from it. Not yet run at this scale.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,21 +19,10 @@ NODE_RANK="${NODE_RANK:-0}"
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
 MASTER_PORT="${MASTER_PORT:-29500}"
 RUN="${RUN:-runs/m1_456b_${STAGE}}"
-LOAD="${LOAD:-}"
 PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
 WORLD_SIZE=$((NNODES * GPUS_PER_NODE))
 
-case "$STAGE" in
-    pretrain | continual) ;;
-    *)
-        echo "STAGE=$STAGE must be pretrain or continual." >&2
-        exit 2
-        ;;
-esac
-if [[ "$STAGE" == continual && -z "$LOAD" ]]; then
-    LOAD=checkpoints/minimax_m1
-    echo "LOAD is not set: starting from $LOAD (tools/convert_checkpoint.py import writes it)." >&2
-fi
+source examples/stages_456b.sh
 
 LAUNCH_ARGS=(
     --nnodes "$NNODES"
@@ -39,10 +30,6 @@ LAUNCH_ARGS=(
     --node-rank "$NODE_RANK"
     --master-addr "$MASTER_ADDR"
     --master-port "$MASTER_PORT"
-)
-CONFIG_ARGS=(
-    --config examples/configs/m1_456b.yaml
-    --config "examples/configs/m1_456b_${STAGE}.yaml"
 )
 DATA_ARGS=(
     --data.train "[${DATA:-data/train}]"

@@ -96,7 +96,10 @@ def parse_layout(text: str, config: Config) -> ParallelConfig:
     sizes = text.split("/")
     if len(sizes) != len(names) or not all(size.isdecimal() and int(size) for size in sizes):
         raise ConfigError(f"--layout={text} must be six sizes TP/PP/CP/EP/ETP/VPP, such as 8/8/1/8/1/1.")
-    return dataclasses.replace(config.parallel, sequence=None, **dict(zip(names, map(int, sizes))))
+    chosen = dataclasses.replace(config.parallel, sequence=None)
+    for name, size in zip(names, sizes):
+        setattr(chosen, name, int(size))
+    return chosen
 
 
 def table(result: Search, config: Config, cluster: Cluster, top: int) -> str:

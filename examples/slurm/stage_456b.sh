@@ -1,19 +1,15 @@
 #!/usr/bin/env bash
-# What both 456B jobs do once Slurm has started them; pretrain_456b.sbatch and continual_456b.sbatch set STAGE and say how
-# they are used. It runs in the checkout, on the first node of the job.
+# What every 456B job does once Slurm has started it; pretrain_456b.sbatch, continual_456b.sbatch and context_456b.sbatch set
+# STAGE and say how they are used. It runs in the checkout, on the first node of the job.
 set -euo pipefail
-STAGE="${STAGE:?start pretrain_456b.sbatch or continual_456b.sbatch}"
+STAGE="${STAGE:?start pretrain_456b.sbatch, continual_456b.sbatch or context_456b.sbatch}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
 NODES="${SLURM_JOB_NUM_NODES:-${NODES:-32}}"
 WORLD_SIZE=$((NODES * GPUS_PER_NODE))
 RUN="${RUN:-runs/m1_456b_${STAGE}}"
-LOAD="${LOAD:-$([[ "$STAGE" == continual ]] && echo checkpoints/minimax_m1 || true)}"
 PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
 
-CONFIG_ARGS=(
-    --config examples/configs/m1_456b.yaml
-    --config "examples/configs/m1_456b_${STAGE}.yaml"
-)
+source examples/stages_456b.sh
 DATA_ARGS=(
     --data.train "[${DATA:-data/train}]"
     --data.valid "[${VALID:-data/valid}]"

@@ -60,6 +60,38 @@ def test_456b_presets_are_complete_without_a_script(stage, micro_batches):
     assert f"sums up to {micro_batches} micro-batches" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "launcher, nodes, length, tokens, theta, context",
+    [
+        ("slurm", 32, "32k", 2**15, "1000000.0", 4),
+        ("torchrun", 64, "128k", 2**17, "5000000.0", 16),
+        ("slurm", 32, "512k", 2**19, "10000000.0", 16),
+        ("torchrun", 32, "1m", 2**20, "10000000.0", 32),
+        ("slurm", 64, "1m", 2**20, "10000000.0", 32),
+    ],
+)
+def test_456b_context_stages_dry_run(launcher, nodes, length, tokens, theta, context, tmp_path):
+    script = "examples/pretrain_456b.sh" if launcher == "torchrun" else "examples/slurm/context_456b.sbatch"
+    environment = {"DRY_RUN": "1", "STAGE": f"context_{length}", "RUN": str(tmp_path / "run")}
+    done = run(["bash", script], **environment, NODES=str(nodes), NNODES=str(nodes))
+    assert done.returncode == 0, done.stderr
+    command, report = done.stdout.split("\n", 1)
+    layout = f"--config examples/configs/m1_456b_{length}_{nodes * 8}gpu.yaml"
+    assert f"--config examples/configs/m1_456b.yaml {layout} " in command
+    before = {"32k": "pretrain", "128k": "context_32k", "512k": "context_128k", "1m": "context_512k"}[length]
+    assert f"--checkpoint.load runs/m1_456b_{before}/checkpoints --checkpoint.weights_only true" in command
+    assert f"rope_theta: {theta}" in report and f"seq_length: {tokens}\n" in report
+    assert f"context        size {context:4d} " in report and "456,089,655,296" in report
+    assert "134,217,728 tokens and " in report and "\n== warnings" not in report
+
+
+def test_456b_context_stages_follow_the_reports_tokens():
+    for length, tokens in (("128k", 300e9), ("512k", 32e9), ("1m", 26e9)):
+        stage = from_yaml(CONFIGS / f"m1_456b_context_{length}.yaml")
+        training = stage.training
+        assert training.steps * training.global_batch * training.seq_length == pytest.approx(tokens, rel=3e-3)
+
+
 def test_dry_run_refuses_a_world_that_does_not_divide():
     done = run(["bash", "examples/pretrain_456b.sh"], DRY_RUN="1", NNODES="3")
     assert done.returncode == 2
