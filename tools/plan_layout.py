@@ -5,7 +5,7 @@ python tools/plan_layout.py --gpus 256 --seq-length 32768 --layout 8/8/1/8/1/1  
 python tools/plan_layout.py --flops-curve                                         # against DeepSeek-R1
 Layouts are written TP/PP/CP/EP/ETP/VPP. Further options are configuration keys (--training.grad_reduce_dtype bf16); --config
 gives the model and everything else that is not searched. CPU only. The rates behind the times are constants of
-megatron_m1/planning/cluster.py; each was measured alone or assumed, as it says there, and no sum of them was compared with a step.
+megatron_m1.engine.cluster.py; each was measured alone or assumed, as it says there, and no sum of them was compared with a step.
 Exit code 1 if no layout fits, 2 for bad input.
 """
 
@@ -16,12 +16,13 @@ import sys
 
 from megatron_m1.config import Config, ConfigError, load_config
 from megatron_m1.config.schema import ParallelConfig
+from megatron_m1.engine.cluster import DEVICES, Cluster
 from megatron_m1.engine.flops import count_parameters, decode_flops
 from megatron_m1.engine.memory import stage_layers
-from megatron_m1.planning import DEVICES, Cluster, Plan, Refusal, Search, plan_layout, search
+from megatron_m1.engine.step_time import stage_balance
+from megatron_m1.planning import Plan, Refusal, Search, plan_layout, search
 from megatron_m1.planning.generation_flops import flops_curve, r1_decode_flops, r1_multiplied_parameters
 from megatron_m1.planning.search import RESERVE_GIB, layout_name, needed_gib
-from megatron_m1.planning.step_time import stage_balance
 
 GIB = 2**30
 CURVE_LENGTHS = [8192, 16384, 32768, 65536, 80000, 100_000, 131_072]

@@ -4,14 +4,17 @@ import os
 from dataclasses import replace
 
 from megatron_m1.config import Config, ConfigError, derived, load_config, rank_groups, to_yaml, validate
+from megatron_m1.engine.cluster import DEVICES
 from megatron_m1.engine.flops import count_parameters, training_flops_per_token
 from megatron_m1.engine.memory import estimate_memory, stage_layers
 from megatron_m1.engine.schedule import consumed_samples, global_batch_at, learning_rate
+from megatron_m1.engine.step_time import step_time
 
 __all__ = ["dry_run_report", "main"]
 
 _GIB = 2**30
 _SHOWN_GROUPS = 4
+_DEVICE = "H800"
 _BF16_SUM_MICRO_BATCHES = 64
 """More micro-batches than this lose much of their gradients in a bf16 sum, whose increments below 1/256 of it vanish."""
 
@@ -39,6 +42,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
         (f"layout of {world_size} ranks", _layout(config, world_size)),
         ("memory estimate per rank, GiB", _memory(config, world_size)),
         ("arithmetic", _arithmetic(config, world_size)),
+        (f"estimated time of a step on {_DEVICE}", _time(config, world_size)),
         ("schedule", _schedule(config)),
         ("warnings", _warnings(config, world_size)),
     )
@@ -137,6 +141,20 @@ def _arithmetic(config: Config, world_size: int) -> str:
             f"{total:,d} tokens in {training.steps} steps",
             *([_head(config)] if config.parallel.pipeline > 1 else []),
         )
+    )
+
+
+def _time(config: Config, world_size: int) -> str:
+    cluster = replace(DEVICES[_DEVICE], gpus=world_size)
+    time, training = step_time(config, cluster), config.training
+    rate = training.global_batch * training.seq_length / time.total / world_size
+    use = rate * training_flops_per_token(config.model, training.seq_length) / (cluster.peak_tflops * 1e12)
+    terms = sorted(vars(time).items(), key=lambda term: -term[1])
+    shares = ", ".join(f"{name} {seconds / time.total:.1%}" for name, seconds in terms if seconds > time.total / 1000)
+    return (
+        f"{time.total:.4g} s, {rate:.4g} tokens/s and GPU, {use:.1%} MFU: {shares}\n"
+        "from rates measured or assumed one by one (engine/cluster.py), not calibrated end to end; "
+        "tools/plan_layout.py takes other GPUs and compares layouts"
     )
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from megatron_m1.config import Config, ConfigError, derived, validate
 from megatron_m1.config.schema import CheckpointConfig, ParallelConfig
+from megatron_m1.engine.cluster import Cluster
 from megatron_m1.engine.flops import training_flops_per_token
 from megatron_m1.engine.memory import MemoryEstimate, estimate_memory
-from megatron_m1.planning.cluster import Cluster
-from megatron_m1.planning.step_time import StepTime, step_time
+from megatron_m1.engine.step_time import StepTime, step_time
 
 __all__ = [
     "ACTIVATION_MARGIN",

@@ -16,7 +16,7 @@ def test_reports_a_512_rank_layout_on_one_process(capsys):
     assert "expert         size    8   [0,1,2,3,4,5,6,7]" in text
     assert "pipeline       size    8   [0,64,128,192,256,320,384,448]" in text
     assert "stage 7: layers 70-79 (2 softmax)" in text
-    assert "301.8 GFLOP per token" in text
+    assert "301.8 GFLOP per token" in text and "estimated time of a step on H800" in text and " MFU: imbalance " in text
     assert "weights   gradients   optimizer activations      logits      update     buffers       total" in text
     assert text.endswith("dry run: the configuration is valid\n")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.config import load_config
-from megatron_m1.planning import DEVICES, Plan, plan_layout
+from megatron_m1.engine.cluster import DEVICES
+from megatron_m1.planning import Plan, plan_layout
 from megatron_m1.planning.search import layout_name
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
-from megatron_m1.planning import DEVICES, Plan, Refusal, plan_layout, search
+from megatron_m1.engine.cluster import DEVICES
+from megatron_m1.planning import Plan, Refusal, plan_layout, search
 from megatron_m1.planning.search import ACTIVATION_MARGIN, layout_name, needed_gib
 
 MODEL = ModelConfig(

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_m1.config import ConfigError
-from megatron_m1.planning import DEVICES, Cluster
+from megatron_m1.engine.cluster import DEVICES, Cluster
 
 # Links of 1 GB/s after the shares of cluster.py: 0.8 of 1.25.
 CLUSTER = Cluster(

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
-from megatron_m1.planning import Cluster, step_time
-from megatron_m1.planning.step_time import stage_balance
+from megatron_m1.engine.cluster import Cluster
+from megatron_m1.engine.step_time import stage_balance, step_time
 
 CLUSTER = Cluster(
     gpus=8, gpus_per_node=4, memory_gib=80, memory_tb_per_s=4.8, nvlink_gb_per_s=1.25, network_gb_per_s=0.125

@@ -4,15 +4,15 @@ from dataclasses import dataclass, fields, replace
 
 from megatron_m1.config.layout import derived
 from megatron_m1.config.schema import Config
-from megatron_m1.engine.flops import layer_parameters, training_flops_per_token
-from megatron_m1.engine.memory import estimate_memory, head_chunks, rank_tokens, stage_layers
-from megatron_m1.planning.cluster import (
+from megatron_m1.engine.cluster import (
     DENSE_TFLOPS,
     FP32_TFLOPS,
     SOFTMAX_BACKWARD_TFLOPS,
     SOFTMAX_TFLOPS,
     Cluster,
 )
+from megatron_m1.engine.flops import layer_parameters, training_flops_per_token
+from megatron_m1.engine.memory import estimate_memory, head_chunks, rank_tokens, stage_layers
 
 __all__ = ["StepTime", "stage_balance", "step_time"]
 
@@ -68,7 +68,7 @@ _RECOMPUTED = {
 
 
 def step_time(config: Config, cluster: Cluster) -> StepTime:
-    """StepTime of a layout that `validate` accepts, experts balanced, no network contention.
+    """StepTime of a layout that `validate` accepts, in bf16, experts balanced, no network contention.
 
     The rates stand in cluster.py; sums of such terms are not calibrated against whole steps.
     """
