@@ -3,8 +3,8 @@
 Per head with slope s, for a chunk of C tokens entered with state S (D x D):
     o_i = e^{-s(i+1)} q_i S + sum_{j<=i} e^{-s(i-j)} (q_i . k_j) v_j
     S'  = e^{-sC} S + sum_j e^{-s(C-1-j)} k_j^T v_j
-Every exponent is non-positive. Heads are independent and are processed a few at a time, so that intermediates stay
-in cache and memory beyond inputs and outputs is that of a few heads.
+Every exponent is non-positive. Heads are independent and are processed a few at a time, dense sequences in segments
+that hand on their states, so that intermediates stay in cache and memory beyond inputs and outputs is that of a few heads.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ __all__ = ["chunk_size", "lightning_attention_chunked"]
 # Elements of one [N, heads, C, C] intermediate. CPU: 2 MiB in float32: a few of them fit in the last-level cache and
 # the allocator reuses them without page faults; CUDA: enough work for a launch.
 GROUP_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
+# Tokens of a segment, rows of the batch together. CPU: at which a group holds a few heads; CUDA: as GROUP_ELEMENTS.
+SEGMENT_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
 
 
 def lightning_attention_chunked(
@@ -32,7 +34,7 @@ def lightning_attention_chunked(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """o [B, T, H, D], or (o, final_state [S, H, D, D]); arguments as in `lightning_attention`.
 
-    Saves only its inputs for the backward. Time and memory are linear in T.
+    Saves its inputs for the backward, and of a dense sequence the state at every SEGMENT_TOKENS. Linear in T.
     """
     if cu_seqlens is not None and (documents := _equal_documents(cu_seqlens, q.shape[1])):
         # A pack of equal documents is a dense batch, which needs no gathering into chunks.
@@ -42,10 +44,19 @@ def lightning_attention_chunked(
         )
         o = o.flatten(0, 1).unsqueeze(0)
         return (o, final_state) if return_final_state else o
-    batch, tokens = q.shape[:2]
-    grid = build_grid(batch, tokens, cu_seqlens, chunk_size(q.shape[-1]), q.device)
-    o, final_state = _Chunked.apply(q, k, v, slopes, initial_state, grid, return_final_state)
+    o, final_state = _Chunked.apply(q, k, v, slopes, initial_state, _segments(q, cu_seqlens), return_final_state)
     return (o, final_state) if return_final_state else o
+
+
+def _segments(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[slice, ChunkGrid]]:
+    """Spans of tokens, each entered with the states that left the one before, and their grids; a pack is one span."""
+    batch, tokens, _, dim = q.shape
+    chunk = chunk_size(dim)
+    if cu_seqlens is not None:
+        return [(slice(0, tokens), build_grid(1, tokens, cu_seqlens, chunk, q.device))]
+    size = max(SEGMENT_TOKENS[q.device.type] // max(batch, 1) // chunk, 1) * chunk
+    spans = [slice(first, min(first + size, tokens)) for first in range(0, max(tokens, 1), size)]
+    return [(span, build_grid(batch, span.stop - span.start, None, chunk, q.device)) for span in spans]
 
 
 def _equal_documents(cu_seqlens: torch.Tensor, tokens: int) -> int:
@@ -89,46 +100,54 @@ class _Decays:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, slopes, initial_state, grid: ChunkGrid, return_final_state: bool):
-        ctx.save_for_backward(q, k, v, slopes, initial_state)
-        ctx.grid = grid
+    def forward(ctx, q, k, v, slopes, initial_state, segments: list[tuple[slice, ChunkGrid]], return_final_state: bool):
         ctx.set_materialize_grads(False)
         dtype = _compute_dtype(q)
         heads, dim = q.shape[2:]
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        final_state = None
-        if return_final_state:
-            final_state = torch.zeros(grid.documents, heads, dim, dim, dtype=dtype, device=q.device)
-            if initial_state is not None:
-                final_state.copy_(initial_state)
-        for group in _head_groups(heads, grid, q.device):
-            qs, ks, vs = (grid.gather(x[:, :, group], dtype) for x in (q, k, v))
-            decays = _Decays.of(slopes[group], grid, dtype)
-            initial, final = (_heads_of(x, group, dtype) for x in (initial_state, final_state))
-            _forward_heads(qs, ks, vs, decays, grid, initial, o[:, :, group], final)
-        return o, final_state
+        entered = [initial_state]
+        for index, (span, grid) in enumerate(segments):
+            initial, final_state = entered[-1], None
+            if return_final_state or index + 1 < len(segments):
+                final_state = torch.zeros(grid.documents, heads, dim, dim, dtype=dtype, device=q.device)
+                if initial is not None:
+                    final_state.copy_(initial)
+            for group in _head_groups(heads, grid, q.device):
+                qs, ks, vs = (grid.gather(x[:, span, group], dtype) for x in (q, k, v))
+                decays = _Decays.of(slopes[group], grid, dtype)
+                states = (_heads_of(x, group, dtype) for x in (initial, final_state))
+                _forward_heads(qs, ks, vs, decays, grid, o[:, span, group], *states)
+            entered.append(final_state)
+        ctx.save_for_backward(q, k, v, slopes, *entered[:-1])
+        ctx.segments = segments
+        return o, entered[-1] if return_final_state else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        q, k, v, slopes, initial_state = ctx.saved_tensors
-        grid, dtype = ctx.grid, _compute_dtype(q)
+        q, k, v, slopes, *entered = ctx.saved_tensors
+        dtype = _compute_dtype(q)
         do = torch.zeros_like(q) if do is None else do
         dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-        dinitial = None
-        if initial_state is not None:
-            dinitial = torch.zeros_like(initial_state) if dfinal is None else dfinal.to(initial_state.dtype, copy=True)
-        for group in _head_groups(q.shape[2], grid, q.device):
-            qs, ks, vs, dos = (grid.gather(x[:, :, group], dtype) for x in (q, k, v, do))
-            decays = _Decays.of(slopes[group], grid, dtype)
-            initial, exit_grad = (_heads_of(x, group, dtype) for x in (initial_state, dfinal))
-            grads = [x[:, :, group] for x in (dq, dk, dv)]
-            entry_grad = None if dinitial is None else dinitial[:, group]
-            _backward_heads(qs, ks, vs, dos, decays, grid, initial, exit_grad, grads, entry_grad)
-        return dq, dk, dv, None, dinitial, None, None
+        exit_grad = dfinal
+        for (span, grid), initial in reversed(list(zip(ctx.segments, entered, strict=True))):
+            entry_grad = None
+            if initial is not None:
+                entry_grad = torch.zeros_like(initial)
+                if exit_grad is not None:
+                    entry_grad.copy_(exit_grad)
+            for group in _head_groups(q.shape[2], grid, q.device):
+                qs, ks, vs, dos = (grid.gather(x[:, span, group], dtype) for x in (q, k, v, do))
+                decays = _Decays.of(slopes[group], grid, dtype)
+                states = (_heads_of(x, group, dtype) for x in (initial, exit_grad))
+                grads = [x[:, span, group] for x in (dq, dk, dv)]
+                dinitial = None if entry_grad is None else entry_grad[:, group]
+                _backward_heads(qs, ks, vs, dos, decays, grid, *states, grads, dinitial)
+            exit_grad = entry_grad
+        return dq, dk, dv, None, exit_grad, None, None
 
 
-def _forward_heads(q, k, v, decays, grid, initial, o, final_state) -> None:
+def _forward_heads(q, k, v, decays, grid, o, initial, final_state) -> None:
     """Write o and final_state of some heads. q, k, v: [N, h, C, D], overwritten; initial, final_state: [S, h, D, D]."""
     scores = _bmm(q, k.mT).mul_(decays.mask)
     out = _bmm(scores, v)

@@ -1,7 +1,6 @@
 """The chunk grid: how tokens of a batch or a pack are laid out in chunks of C tokens, each inside one document."""
 
 import functools
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +70,9 @@ def build_grid(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk: 
     """
     if cu_seqlens is None:
         return _grid(batch, tokens, None, chunk, device)
-    edges = tuple(cu_seqlens.tolist())
-    if edges[0] != 0 or edges[-1] > tokens or any(end < start for start, end in itertools.pairwise(edges)):
+    host = cu_seqlens.cpu()
+    edges = tuple(host.tolist())
+    if edges[0] != 0 or edges[-1] > tokens or bool((host.diff() < 0).any()):
         raise ValueError(
             f"cu_seqlens={edges} must start at 0, never fall, and end at or before T={tokens}; "
             "pass cumulative document lengths"

@@ -59,6 +59,15 @@ def test_head_groups_do_not_change_results(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(one_by_one[name], expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("with_states", [False, True])
+@pytest.mark.parametrize("tokens", [2 * C, 3 * C + 5])
+def test_segments_hand_on_their_states(tokens: int, with_states: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chunked.SEGMENT_TOKENS, "cpu", 2 * C)  # one chunk for each row of the batch
+    case = Case(tokens=tokens, batch=2, with_states=with_states)
+    assert len(chunked._segments(make_inputs(case).qkv[..., :16], None)) == -(-tokens // C)
+    assert_matches_oracle(lightning_attention, case, FLOAT32_BOUND)
+
+
 @pytest.mark.parametrize("documents", [None, (3, 0, 20)])
 def test_gradcheck(documents: tuple[int, ...] | None) -> None:
     case = Case(tokens=23 if documents else 19, dim=2, documents=documents, dtype=torch.float64)
