@@ -18,6 +18,7 @@ from megatron_m1.config import Config, ConfigError, from_yaml, load_config, vali
 from megatron_m1.config.schema import MoEConfig, TrainingConfig
 from megatron_m1.data.tokenizer import Tokenizer
 from megatron_m1.generation.prompts import PromptLimits, check_output, read_prompts, write_lines
+from megatron_m1.generation.requests import Request, Result, Sampling, request_seed
 
 __all__ = ["main"]
 
@@ -42,37 +43,41 @@ def main(argv: list[str]) -> None:
     from megatron_m1.checkpoint.native import load_checkpoint
     from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
     from megatron_m1.engine.trainer import Trainer
-    from megatron_m1.generation.engine import Sampling, generate
+    from megatron_m1.generation.engine import Engine
     from megatron_m1.parallel import destroy_groups, init_groups
 
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
-        seed=options.seed,
-        end_token=end_token,
+        top_k=options.top_k,
+        end_tokens=() if end_token is None else (end_token,),
+        repetition_tokens=options.repetition_tokens,
+        repetition_probability=options.repetition_probability,
     )
+    requests = [
+        Request(tuple(prompt), request_seed(options.seed, index * options.samples + sample), sampling)
+        for index, prompt in enumerate(prompts)
+        for sample in range(options.samples)
+    ]
     init_distributed(config.parallel.timeout_s)
     groups = init_groups(config.parallel, seed=options.seed)
     trainer = Trainer(config, groups, train=False, initial_weights=False)
     load_checkpoint(trainer, config, path=step, weights_only=True)
     start = time.perf_counter()
-    completions = generate(trainer.models[0], groups, prompts, sampling, batch_size=options.batch_size)
+    engine = Engine(
+        trainer.models[0], groups, slots=options.batch_size, prefill_tokens=options.prefill_tokens,
+        record_routing=options.routing,
+    )  # fmt: skip
+    results = engine.generate(requests)
     duration_s = time.perf_counter() - start
     if _is_first_rank():
-        records: list[dict[str, Any]] = [
-            {
-                "index": index,
-                "token_ids": completion.tokens,
-                "text": None if tokenizer is None else tokenizer.decode(completion.tokens),
-                "logprobs": completion.logprobs,
-                "finish_reason": completion.finish_reason,
-                "prompt_tokens": len(prompt),
-            }
-            for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        records = [
+            _record(index // options.samples, index % options.samples, request, result, tokenizer)
+            for index, (request, result) in enumerate(zip(requests, results, strict=True))
         ]
         write_lines(options.output, records)
-        tokens = sum(len(completion.tokens) for completion in completions)
+        tokens = sum(len(result.tokens) for result in results)
         print(
             f"{len(records)} completions, {tokens} tokens in {duration_s:.1f} s ({tokens / duration_s:.0f} tokens/s) "
             f"-> {options.output}",
@@ -80,6 +85,19 @@ def main(argv: list[str]) -> None:
         )
     destroy_groups()
     shutdown_distributed()
+
+
+def _record(index: int, sample: int, request: Request, result: Result, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "index": index,
+        "sample": sample,
+        "token_ids": result.tokens,
+        "text": None if tokenizer is None else tokenizer.decode(result.tokens),
+        "logprobs": result.logprobs,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": len(request.prompt),
+    }
+    return record if result.routing is None else record | {"routing": result.routing.tolist()}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,7 +111,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="python -m megatron_m1 generate",
         description="Complete prompts with the model of a checkpoint. Output lines, in the order of the prompts: token_ids "
         "(generated), text (null without a tokenizer), logprobs (of the generated tokens, natural log, float32, at "
-        "temperature 1 and top-p 1), finish_reason (stop or length), index, prompt_tokens.",
+        "temperature 1 and top-p 1), finish_reason (eos, length or stop_repetition), index, sample, "
+        "prompt_tokens, and routing if asked for.",
         epilog="--parallel.{tensor,pipeline,expert,expert_tensor} N lay the model out; the other ranks share the prompts. "
         "What is drawn for a prompt depends on --seed and its index, not on what runs beside it.",
         allow_abbrev=False,
@@ -105,6 +124,21 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--max-new-tokens", type=_count, default=128, metavar="N", help="tokens per completion at most (128)")
     add("--temperature", type=_temperature, default=1.0, metavar="T", help="0: always the likeliest token (1.0)")
     add("--top-p", type=_top_p, default=1.0, metavar="P", help="share of the probability to draw from (1.0)")
+    add("--top-k", type=_count_or_zero, default=0, metavar="K", help="likeliest tokens to draw from, 0 for all (0)")
+    add("--samples", type=_count, default=1, metavar="G", help="completions per prompt, which share its prefill (1)")
+    add(
+        "--repetition-tokens", type=_count_or_zero, default=3000, metavar="N",
+        help="stop after N consecutive tokens of more than --repetition-probability, 0 for never (3000)",
+    )  # fmt: skip
+    add("--repetition-probability", type=_top_p, default=0.99, metavar="P", help="see --repetition-tokens (0.99)")
+    add("--routing", action="store_true", help="write the experts of every token: [tokens, layers, top_k]")
+    add(
+        "--prefill-tokens",
+        type=_chunk,
+        default=2048,
+        metavar="N",
+        help="prompt tokens per pass, a multiple of 64 (2048)",
+    )
     add("--seed", type=int, default=0, metavar="S", help="of the draws (0)")
     add("--batch-size", type=_count, default=16, metavar="B", help="sequences at a time on one data-parallel rank (16)")
     add("--tokenizer", type=Path, metavar="DIR", help="default: data.tokenizer of the checkpoint's config.yaml")
@@ -203,6 +237,20 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be 1 or more")
+    return value
+
+
+def _count_or_zero(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} must be 0 or more")
+    return value
+
+
+def _chunk(text: str) -> int:
+    value = int(text)
+    if value < 64 or value % 64:
+        raise argparse.ArgumentTypeError(f"{value} must be a positive multiple of 64")
     return value
 
 

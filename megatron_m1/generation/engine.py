@@ -1,211 +1,286 @@
-"""Generation over slots on the training modules: ragged prefill, one-token decoding, in any layout."""
+"""Generation over slots on the training modules: prompts in chunks, one-token decoding, in any layout."""
 
-from dataclasses import dataclass, field
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_m1.generation.cache import HybridCache
-from megatron_m1.generation.sampling import request_generator, sample
+from megatron_m1.generation.cache import BLOCK_TOKENS, HybridCache, blocks_for
+from megatron_m1.generation.decode import local_experts
+from megatron_m1.generation.requests import Request, Result, Running
+from megatron_m1.generation.routing import RoutingRecord
+from megatron_m1.generation.schedule import PromptGroup, group_requests, share_of_replica
+from megatron_m1.generation.stages import Stages, inference
 from megatron_m1.model.m1 import M1Model
 
-__all__ = ["Completion", "Sampling", "generate"]
-
-PREFILL_TOKENS = 8192
-"""Prompt tokens of one prefill pass at most (a longer prompt has a pass of its own)."""
+__all__ = ["Engine"]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen, and when to stop."""
+class Engine:
+    """Completes requests with the weights as they are at the time of the call; between calls it holds no memory.
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    """0: always the likeliest token."""
-    top_p: float = 1.0
-    seed: int = 0
-    end_token: int | None = None
-    """None: every completion has max_new_tokens tokens."""
-
-
-@dataclass
-class Completion:
-    """What was generated after one prompt."""
-
-    tokens: list[int] = field(default_factory=list)
-    """The end token included."""
-    logprobs: list[float] = field(default_factory=list)
-    """Natural log of each token's probability at temperature 1 and top_p 1: minus the loss that training has on it."""
-    finish_reason: str = ""
-    """`stop` (end token) or `length`."""
-
-
-@dataclass
-class _Request:
-    index: int
-    prompt: list[int]
-    generator: torch.Generator
-    completion: Completion
-
-    def take(self, token: int, logprob: float, sampling: Sampling) -> None:
-        done = self.completion
-        done.tokens.append(token)
-        done.logprobs.append(logprob)
-        if token == sampling.end_token:
-            done.finish_reason = "stop"
-        elif len(done.tokens) == sampling.max_new_tokens:
-            done.finish_reason = "length"
-
-
-def generate(
-    model: M1Model,
-    groups: ProcessGroupCollection,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    *,
-    batch_size: int,
-) -> list[Completion]:
-    """A completion of every prompt, in order, on every rank. All ranks call it with the same arguments.
-
-    model: this rank's pipeline stage, without sequence parallelism. prompts: token ids, none empty.
-    batch_size: sequences that run together on one data-parallel rank; the next prompt starts when one ends.
-    The data-parallel ranks share the prompts out. What is drawn depends on (sampling.seed, index of the prompt) and the
-    logits alone; these differ between batch sizes and layouts by rounding only.
-    Raises FloatingPointError, naming the prompt, on the ranks that work on it if a logit is NaN or infinite.
-    """
-    rank, replicas = groups.dp.rank(), groups.dp.size()
-    indices = range(rank, len(prompts), replicas)
-    requests = [
-        _Request(index, prompts[index], request_generator(sampling.seed, index), Completion()) for index in indices
-    ]
-    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-    slots = min(batch_size, max(len(indices), 1))
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            _Engine(model, groups, sampling, slots=slots, capacity=longest).run(requests)
-    finally:
-        model.train(was_training)
-    shares: list[list[Completion]] = [[] for _ in range(replicas)]
-    dist.all_gather_object(shares, [request.completion for request in requests], group=groups.dp)
-    return [shares[index % replicas][index // replicas] for index in range(len(prompts))]
-
-
-class _Engine:
-    """The ranks that hold one replica of the model (tensor- and pipeline-parallel) run the same sequences in step.
-
-    Where experts are spread over data-parallel ranks, these too run pass by pass together, those without sequences with
-    padding.
+    The ranks that hold one replica of the model (tensor- and pipeline-parallel) run the same sequences in step. Where experts are
+    spread over data-parallel ranks, these too run pass by pass together, those without sequences with padding.
     """
 
     def __init__(
-        self, model: M1Model, groups: ProcessGroupCollection, sampling: Sampling, *, slots: int, capacity: int
+        self,
+        models: M1Model | Sequence[M1Model],
+        groups: ProcessGroupCollection,
+        *,
+        slots: int,
+        prefill_tokens: int = 2048,
+        cache_tokens: int | None = None,
+        record_routing: bool = False,
+        logprob_temperature: float = 1.0,
     ) -> None:
-        assert not model.config.sequence_parallel, "generation needs a model without sequence parallelism"
-        m1, tp = model.config.m1, groups.tp.size()
-        self.model, self.groups, self.sampling, self.slots = model, groups, sampling, slots
-        self.device = next(model.parameters()).device
-        self.lock_step = tp % groups.tp_ep.size() != 0
+        """models: this rank's chunks, out of core's wrappers; sequence parallelism is switched off while they generate.
+
+        slots: sequences at a time on one data-parallel rank; the next one starts when one ends. prefill_tokens: prompt tokens of
+        a pass at most, a multiple of 64, so that chunks of a prompt end where those of training do. cache_tokens: tokens of keys
+        and values per softmax layer, of which a request takes its longest possible length; None: enough for all slots.
+        logprob_temperature: of the log-probabilities that are reported, as the trainer that uses them scores.
+        """
+        assert slots >= 1 and prefill_tokens % BLOCK_TOKENS == 0 and prefill_tokens > 0
+        self.models = [models] if isinstance(models, M1Model) else list(models)
+        self.groups, self.slots = groups, slots
+        self.prefill_tokens, self.cache_tokens, self.record_routing = prefill_tokens, cache_tokens, record_routing
+        self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature)
+
+    def generate(self, requests: list[Request]) -> list[Result]:
+        """A result per request, in order, on every rank. All ranks call it with the same requests.
+
+        What is drawn for a request depends on its seed, positions and logits alone; the logits differ between batches and layouts
+        by rounding only. The data-parallel ranks share out the prompts.
+        Raises FloatingPointError, naming the request, on the ranks that work on it if a logit is NaN or infinite; ValueError if
+        cache_tokens do not hold a request.
+        """
+        own = dict(self.stream(requests))
+        replicas = self.groups.dp_cp
+        shares: list[dict[int, Result]] = [{} for _ in range(replicas.size())]
+        dist.all_gather_object(shares, own, group=replicas)
+        results = {index: result for share in shares for index, result in share.items()}
+        return [results[index] for index in range(len(requests))]
+
+    def stream(self, requests: list[Request]) -> Iterator[tuple[int, Result]]:
+        """(index, result) of the requests that fall to this replica, each as soon as it is complete.
+
+        All ranks call it with the same requests and read it to its end: with experts spread over data-parallel ranks the others
+        wait for it.
+        """
+        replicas = self.groups.dp_cp
+        own = share_of_replica(requests, replicas.rank(), replicas.size())
+        with inference(self.models):
+            yield from _Batch(self, own).run()
+
+
+class _Batch:
+    """One call of the engine.
+
+    Prompts are admitted in order. While one has requests that found no slot yet, none behind it starts: so at most one prompt is
+    kept for requests to come.
+    """
+
+    def __init__(self, engine: Engine, requests: list[tuple[int, Request]]) -> None:
+        stages, groups = engine.stages, engine.groups
+        self.stages, self.prefill_tokens, self.replicas = stages, engine.prefill_tokens, groups.dp_cp
+        self.tp = groups.tp.size()
+        self.lock_step = self.tp % groups.tp_ep.size() != 0
+        self.decode_pad = 1 if local_experts(groups) else self.tp
+        self.waiting = deque(group_requests(requests))
+        """Prompts with requests that have not started."""
+        self.prefilling: list[PromptGroup] = []
+        """Prompts on their way through the model, in the slots behind `active`."""
+        self.active: list[Running] = []
+        """Requests with at least one token, by slot."""
+        self.slots = max(min(engine.slots, len(requests)), 1)
+        self.cache = self._cache(engine, sorted((_capacity(r) for _, r in requests), reverse=True))
+        self.routing = RoutingRecord(engine.models, groups) if engine.record_routing else None
+
+    def run(self) -> Iterator[tuple[int, Result]]:
+        """(index, result) of every request as it ends."""
+        with contextlib.ExitStack() as stack:
+            if self.routing is not None:
+                stack.enter_context(self.routing.listening())
+            while True:
+                if not self.prefilling:
+                    while self._start_from_prefix():
+                        yield from self._ended()
+                    self._admit()
+                prefill, decode = self._agree(bool(self.prefilling), bool(self.active))
+                if prefill:
+                    self._prefill()
+                elif decode:
+                    self._decode()
+                else:
+                    return
+                if not self.prefilling:
+                    yield from self._ended()
+
+    def _cache(self, engine: Engine, capacities: list[int]) -> HybridCache:
+        m1, config = self.stages.config.m1, self.stages.config
+        # One more: a prompt that is kept has a partly filled last block, of which each of its requests has a copy.
+        least = blocks_for(max(capacities, default=0)) + 1
+        blocks = sum(map(blocks_for, capacities[: self.slots])) + 1
+        if engine.cache_tokens is not None:
+            blocks = min(blocks, engine.cache_tokens // BLOCK_TOKENS)
+            if blocks < least:
+                raise ValueError(
+                    f"cache_tokens={engine.cache_tokens} hold no request of {capacities[0]} tokens; "
+                    f"use {least * BLOCK_TOKENS} or more."
+                )
         kinds = m1.layer_types()
-        self.cache = HybridCache(
-            {layer.layer_number: kinds[layer.layer_number - 1] for layer in model.decoder.layers},
-            slots=slots,
-            capacity=capacity,
-            heads=m1.num_attention_heads // tp,
-            groups=m1.num_key_value_heads // tp,
+        numbers = [layer.layer_number for model in engine.models for layer in model.decoder.layers]
+        return HybridCache(
+            {number: kinds[number - 1] for number in numbers},
+            slots=self.slots,
+            blocks=blocks,
+            longest=max(capacities, default=0),
+            heads=m1.num_attention_heads // self.tp,
+            groups=m1.num_key_value_heads // self.tp,
             head_dim=m1.head_dim,
-            dtype=model.config.params_dtype,
-            device=self.device,
-            pad_to=tp,
+            dtype=config.params_dtype,
+            device=self.stages.device,
         )
-
-    def run(self, requests: list[_Request]) -> None:
-        """Complete all requests of this replica."""
-        waiting = requests[::-1]
-        active: list[_Request] = []
-        while True:
-            admitted = self._admit(waiting, self.slots - len(active))
-            prefill, decode = self._agree(bool(admitted), bool(active))
-            if prefill:
-                position_ids = self.cache.start_prefill([len(request.prompt) for request in admitted])
-                active += admitted
-                self._advance(admitted, [token for request in admitted for token in request.prompt], position_ids)
-            elif decode:
-                position_ids = self.cache.start_decode()
-                self._advance(active, [request.completion.tokens[-1] for request in active], position_ids)
-            else:
-                return
-            for slot in reversed(range(len(active))):
-                if active[slot].completion.finish_reason:
-                    self.cache.remove(slot)
-                    active[slot] = active[-1]
-                    active.pop()
-
-    def _admit(self, waiting: list[_Request], free: int) -> list[_Request]:
-        """The requests, taken off the end of `waiting`, whose prompts make up the next prefill pass."""
-        admitted: list[_Request] = []
-        tokens = 0
-        while waiting and len(admitted) < free and (not admitted or tokens + len(waiting[-1].prompt) <= PREFILL_TOKENS):
-            tokens += len(waiting[-1].prompt)
-            admitted.append(waiting.pop())
-        return admitted
 
     def _agree(self, prefill: bool, decode: bool) -> tuple[bool, bool]:
         """Whether any of the replicas that share experts wants a prefill, and whether any wants to decode."""
         if not self.lock_step:
             return prefill, decode
-        wishes = torch.tensor([prefill, decode], dtype=torch.int32, device=self.device)
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.groups.dp)
+        wishes = torch.tensor([prefill, decode], dtype=torch.int32, device=self.stages.device)
+        dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.replicas)
         prefill, decode = (bool(wish) for wish in wishes.tolist())
         return prefill, decode
 
-    def _advance(self, requests: list[_Request], tokens: list[int], position_ids: Tensor) -> None:
-        """One pass; each of `requests`, whose tokens stand in `tokens` one after the other, takes its next token."""
-        padded = torch.zeros(1, position_ids.shape[1], dtype=torch.int64)
-        padded[0, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        output = self._stage(padded.to(self.device), position_ids)
-        if not requests:
+    def _admit(self) -> None:
+        """Give slots and blocks to the first waiting prompts and to as many of their requests as find room."""
+        slots, blocks = self.slots - len(self.active), self.cache.pool.free
+        while self.waiting and not (group := self.waiting[0]).prefix:
+            shared = len(group.prompt) // BLOCK_TOKENS
+            group.starting = 0
+            for request in group.waiting:
+                cost = blocks_for(_capacity(request.request)) - (shared if group.starting else 0)
+                if slots == 0 or cost > blocks:
+                    break
+                slots, blocks, group.starting = slots - 1, blocks - cost, group.starting + 1
+            if group.starting:
+                self.cache.add(_capacity(group.waiting[0].request))
+                self.prefilling.append(group)
+            if group.starting < len(group.waiting):
+                return
+            self.waiting.popleft()
+
+    def _prefill(self) -> None:
+        """One pass over the next tokens of the prompts being prefilled; after the last one their requests start."""
+        left = self.prefill_tokens
+        parts: list[tuple[PromptGroup, int]] = []
+        unfinished = [group for group in self.prefilling if group.prefilled < len(group.prompt)]
+        for group in unfinished:
+            count = len(group.prompt) - group.prefilled
+            if count > left:
+                count = left // BLOCK_TOKENS * BLOCK_TOKENS
+            if count == 0:
+                break
+            parts.append((group, count))
+            left -= count
+        first = len(self.active) + len(self.prefilling) - len(unfinished)
+        position_ids = self.cache.start_prefill(first, [count for _, count in parts], pad_to=self.tp)
+        tokens = [t for group, count in parts for t in group.prompt[group.prefilled : group.prefilled + count]]
+        logits = self._pass(tokens, position_ids, decode=False)
+        rows = None if self.routing is None or not parts else self.routing.take(len(tokens))
+        start = 0
+        for row, (group, count) in enumerate(parts):
+            group.prefilled += count
+            if rows is not None:
+                group.routing.append(rows[start : start + count])
+            start += count
+            if logits is not None and group.prefilled == len(group.prompt):
+                group.logits = logits[row].clone()
+        if self.prefilling and all(group.prefilled == len(group.prompt) for group in self.prefilling):
+            self._start_prefilled()
+
+    def _start_prefilled(self) -> None:
+        """The admitted requests of the prompts that are now through the model take their first token."""
+        groups, self.prefilling = self.prefilling, []
+        logits, started = [], []
+        for slot, group in enumerate(groups, start=len(self.active)):
+            if len(group.waiting) > 1:
+                group.prefix = self.cache.snapshot(slot)
+            logits.append(group.logits)
+            started.append(group.start())
+        for group in groups:
+            for _ in range(group.starting - 1):
+                logits.append(group.logits)
+                started.append(self._fork(group))
+            if group.prefix is not None and not group.waiting:
+                self.cache.forget(group.prefix)
+        self._first_tokens(started, logits)
+
+    def _start_from_prefix(self) -> bool:
+        """Start what requests find room of those that wait for a prompt which is through the model; whether there were any."""
+        started: list[Running] = []
+        if not self.waiting or (prefix := self.waiting[0].prefix) is None:
+            return False
+        group = self.waiting[0]
+        while group.waiting and len(self.active) + len(started) < self.slots:
+            own = blocks_for(_capacity(group.waiting[0].request)) - prefix.length // BLOCK_TOKENS
+            if own > self.cache.pool.free:
+                break
+            started.append(self._fork(group))
+        if not group.waiting:
+            self.cache.forget(prefix)
+            self.waiting.popleft()
+        if started:
+            self._first_tokens(started, [group.logits] * len(started))
+        return bool(started)
+
+    def _fork(self, group: PromptGroup) -> Running:
+        assert group.prefix is not None
+        request = group.start()
+        self.cache.fork(group.prefix, _capacity(request.request))
+        return request
+
+    def _first_tokens(self, started: list[Running], logits: list[Tensor | None]) -> None:
+        self.active += started
+        rows = [row for row in logits if row is not None]
+        self.stages.choose(torch.stack(rows) if rows else None, started)
+
+    def _decode(self) -> None:
+        position_ids = self.cache.start_decode(pad_to=self.decode_pad)
+        logits = self._pass([request.last_token for request in self.active], position_ids, decode=True)
+        if not self.active:
             return
-        # Every stage draws, so that the generators stay in step.
-        uniform = torch.cat([torch.rand(1, generator=r.generator, dtype=torch.float64) for r in requests])
-        chosen = torch.empty(2, len(requests), dtype=torch.float64, device=self.device)
-        if self.model.post_process:
-            chosen.copy_(self._choose(output[0, : len(requests)], uniform.to(self.device)))
-        pp = self.groups.pp
-        if pp.size() > 1:
-            dist.broadcast(chosen, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
-        for request, token, logprob in zip(requests, *chosen.tolist()):
-            if token < 0:
-                raise FloatingPointError(
-                    f"prompt {request.index} (counted from 0): the logits after {len(request.prompt)} + "
-                    f"{len(request.completion.tokens)} tokens are not finite; use another checkpoint."
-                )
-            request.take(int(token), logprob, self.sampling)
+        if self.routing is not None:
+            for request, row in zip(self.active, self.routing.take(len(self.active)).split(1), strict=True):
+                request.routing.append(row)
+        self.stages.choose(logits, self.active)
 
-    def _stage(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
-        """Logits [1, m, V] on the last pipeline stage; elsewhere the activations that were sent on."""
-        pp, config = self.groups.pp, self.model.config
-        rank = pp.rank()
-        if not self.model.pre_process:
-            hidden = torch.empty(tokens.shape[1], 1, config.hidden_size, dtype=config.params_dtype, device=self.device)
-            dist.recv(hidden, src=dist.get_global_rank(pp, rank - 1), group=pp)
-            self.model.set_input_tensor(hidden)
-        output = self.model(tokens, position_ids, inference_context=self.cache)
-        if not self.model.post_process:
-            dist.send(output.contiguous(), dst=dist.get_global_rank(pp, rank + 1), group=pp)
-        return output
+    def _pass(self, tokens: list[int], position_ids: Tensor, *, decode: bool) -> Tensor | None:
+        """[sequences, V / TP] where the head is."""
+        padded = tokens + [0] * (position_ids.shape[1] - len(tokens))
+        ids = torch.tensor([padded], device=self.stages.device)
+        record = None if self.routing is None else self.routing.add
+        logits = self.stages.run(ids, position_ids, self.cache, decode=decode, record=record)
+        return None if logits is None else logits[0]
 
-    def _choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """[2, m] float64: token (-1 where a logit is not finite) and log-probability of each row of logits [m, V]."""
-        tp, sampling = self.groups.tp, self.sampling
-        tokens = sample(logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p)
-        if tp.size() > 1:
-            # The ranks have equal logits, but not every device sums equal numbers alike twice.
-            dist.broadcast(tokens, src=dist.get_global_rank(tp, 0), group=tp)
-        local = logits.chunk(tp.size(), dim=-1)[tp.rank()].unsqueeze(1).clone()
-        nll = self.model.compute_language_model_loss(tokens.unsqueeze(0), local)[0]
-        tokens = torch.where(logits.isfinite().all(dim=-1), tokens, -1)
-        return torch.stack([tokens.double(), -nll.double()])
+    def _ended(self) -> Iterator[tuple[int, Result]]:
+        """Free the slots of the requests that are done."""
+        for slot in reversed(range(len(self.active))):
+            request = self.active[slot]
+            if not request.done:
+                continue
+            self.cache.remove(slot)
+            self.active[slot] = self.active[-1]
+            self.active.pop()
+            if self.routing is not None:
+                request.result.routing = self.routing.assembled(request.routing)
+            yield request.index, request.result
+
+
+def _capacity(request: Request) -> int:
+    """Tokens that go through the model at most: the last one drawn does not."""
+    return len(request.prompt) + request.sampling.max_new_tokens - 1

@@ -1,37 +1,155 @@
-"""Choice of the next token."""
+"""Choice of the next token from logits whose vocabulary is spread over the tensor-parallel ranks."""
 
 import hashlib
+import struct
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["request_generator", "sample"]
+from megatron_m1.generation.requests import Sampling
+
+__all__ = ["gathered", "sample", "uniform"]
+
+CANDIDATES = 256
+"""Likeliest tokens of each rank among which a restricted draw is first looked for."""
 
 
-def request_generator(seed: int, index: int) -> torch.Generator:
-    """Random numbers (CPU) of request `index` alone: the same whatever runs beside it, and wherever."""
-    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1), of 53 bits, for the token at `position` of the sequence with `seed`: nothing else counts."""
+    digest = hashlib.blake2b(struct.pack("<qq", seed, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -> Tensor:
-    """Next token [m] int64 of each row of logits [m, V] fp32.
+def sample(logits: Tensor, numbers: Tensor, samplings: list[Sampling], group: dist.ProcessGroup) -> Tensor:
+    """Next token [m] int64 of each row, the same on every rank of `group`.
 
-    temperature 0: the likeliest token (the lowest id of equals). Else a draw from softmax(logits / temperature), cut to the
-    fewest likeliest tokens whose probabilities sum to at least top_p (at least one; of equals the lower id stays).
-    uniform: [m] float64 in [0, 1), one number per row, which alone decides the draw. Computed in float64, row by row alike.
+    logits: [m, V / ranks] fp32, this rank's slice of the vocabulary. numbers: [m] float64 in [0, 1), which alone decide the
+    draws. samplings: one per row. temperature 0: the likeliest token (the lowest id of equals). Else a draw from
+    softmax(logits / temperature), cut to the top_k likeliest, then to the fewest of those whose share of what is left sums to
+    at least top_p (at least one; of equals the lower id stays). Masses are added in float64, row by row alike, so that only the
+    rounding of the logits themselves tells layouts and batches apart.
     """
-    if temperature == 0.0:
-        return logits.argmax(dim=-1)
-    scaled = (logits.double() - logits.amax(dim=-1, keepdim=True)) / temperature
-    probabilities = scaled.softmax(dim=-1)
-    if top_p == 1.0:
-        mass = probabilities.cumsum(dim=-1)
-        threshold = uniform.unsqueeze(-1) * mass[:, -1:]
-        return torch.searchsorted(mass, threshold, right=True).clamp(max=mass.shape[-1] - 1).squeeze(-1)
-    probabilities, order = torch.sort(probabilities, dim=-1, descending=True, stable=True)
-    mass = probabilities.cumsum(dim=-1)
-    kept = (mass - probabilities < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
-    threshold = uniform.unsqueeze(-1) * mass.gather(-1, kept - 1)
+    chosen = torch.empty(len(samplings), dtype=torch.int64, device=logits.device)
+    kinds: dict[str, list[int]] = {"greedy": [], "whole": [], "restricted": []}
+    for row, sampling in enumerate(samplings):
+        restricted = sampling.top_p < 1.0 or sampling.top_k > 0
+        kinds["greedy" if sampling.temperature == 0.0 else "restricted" if restricted else "whole"].append(row)
+    for kind, members in kinds.items():
+        if not members:
+            continue
+        whole_batch = len(members) == len(samplings)
+        rows = torch.tensor(members, device=logits.device)
+        part = logits if whole_batch else logits.index_select(0, rows)
+        if kind == "greedy":
+            tokens = _greedy(part, group)
+        else:
+            weights = _weights(part, [samplings[row] for row in members], group)
+            draw = numbers if whole_batch else numbers.index_select(0, rows)
+            if kind == "whole":
+                tokens = _draw_whole(weights, draw, group)
+            else:
+                tokens = _draw_restricted(weights, draw, [samplings[row] for row in members], group)
+        chosen.index_copy_(0, rows, tokens)
+    if group.size() > 1:
+        # The ranks have equal numbers, but not every device sums equal numbers alike twice.
+        dist.broadcast(chosen, src=dist.get_global_rank(group, 0), group=group)
+    return chosen
+
+
+def _greedy(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    best = logits.argmax(dim=-1)
+    if group.size() == 1:
+        return best
+    value = logits.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+    best = best + group.rank() * logits.shape[-1]
+    values, tokens = (gathered(x, group) for x in (value, best))
+    # argmax takes any of equals; the ranks hold the ids in order, and the first of the equal ranks is wanted.
+    first = (values == values.amax(dim=0)).to(torch.int8).argmax(dim=0, keepdim=True)
+    return tokens.gather(0, first).squeeze(0)
+
+
+def _weights(logits: Tensor, samplings: list[Sampling], group: dist.ProcessGroup) -> Tensor:
+    """exp((logits - largest) / temperature), fp32."""
+    largest = logits.amax(dim=-1, keepdim=True)
+    if group.size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    # A temperature that fp32 rounds to 0 would give 0 / 0 for the largest.
+    temperature = torch.tensor([max(s.temperature, 1e-38) for s in samplings], device=logits.device)
+    return (logits - largest).div_(temperature.unsqueeze(-1)).exp_()
+
+
+def _draw_whole(weights: Tensor, numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
+    mass = weights.cumsum(dim=-1, dtype=torch.float64)
+    totals = gathered(mass[:, -1], group)
+    ends = totals.cumsum(dim=0)
+    threshold = numbers * ends[-1]
+    owner = (threshold >= ends).sum(dim=0)
+    rank = group.rank()
+    # Rounding may put the threshold at the very end of the owner's mass, where no token is.
+    local = (threshold - (ends[rank - 1] if rank else 0.0)).minimum(torch.nextafter(totals[rank], totals.new_zeros(())))
+    tokens = torch.searchsorted(mass, local.unsqueeze(-1), right=True).squeeze(-1) + rank * weights.shape[-1]
+    if group.size() > 1:
+        tokens = torch.where(owner == rank, tokens, -1)
+        dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=group)
+    return tokens
+
+
+def _draw_restricted(weights: Tensor, numbers: Tensor, samplings: list[Sampling], group: dist.ProcessGroup) -> Tensor:
+    """Looks among the likeliest tokens of every rank: more of them, up to the whole vocabulary, until the cut lies inside."""
+    device, local = weights.device, weights.shape[-1]
+    vocabulary = local * group.size()
+    total = gathered(weights.sum(dim=-1, dtype=torch.float64), group).sum(dim=0).unsqueeze(-1)
+    top_p = torch.tensor([[s.top_p] for s in samplings], dtype=torch.float64, device=device)
+    top_k = torch.tensor([[min(s.top_k or vocabulary, vocabulary)] for s in samplings], device=device)
+    count = min(CANDIDATES, local)
+    while True:
+        values, tokens, left_out = _candidates(weights, count, group)
+        place = torch.arange(values.shape[-1], device=device)
+        eligible = values.double().where(place < top_k, 0.0)
+        mass = eligible.cumsum(dim=-1)
+        target = top_p * torch.where(top_k < vocabulary, mass[:, -1:], total)
+        kept = ((mass - eligible < target) & (place < top_k)).sum(dim=-1, keepdim=True).clamp(min=1)
+        needed = torch.where(top_k < vocabulary, top_k, kept)
+        inside = (needed <= len(place)) & (values.gather(-1, needed.clamp(max=len(place)) - 1) > left_out)
+        missing = (~inside).any().to(torch.int32).reshape(1)
+        if group.size() > 1:
+            dist.all_reduce(missing, op=dist.ReduceOp.MAX, group=group)
+        if count == local or not missing.item():
+            break
+        count = min(8 * count, local)
+    threshold = numbers.unsqueeze(-1) * mass.gather(-1, kept - 1)
     chosen = torch.searchsorted(mass, threshold, right=True).minimum(kept - 1)
-    return order.gather(-1, chosen).squeeze(-1)
+    return tokens.gather(-1, chosen).squeeze(-1)
+
+
+def _candidates(weights: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and ids [m, ranks * count] of the `count` likeliest tokens of each rank: likeliest first, of equals the lower id.
+
+    And [m, 1]: no token that a rank has left out weighs more. -1 if all are there.
+    """
+    local = weights.shape[-1]
+    if count == local:
+        values, tokens = weights, torch.arange(local, device=weights.device).expand_as(weights)
+        left_out = weights.new_full((len(weights), 1), -1.0)
+    else:
+        values, tokens = weights.topk(count, dim=-1)
+        left_out = values[:, -1:].contiguous()
+        tokens, order = tokens.sort(dim=-1)
+        values = values.gather(-1, order)
+    if group.size() > 1:
+        values = gathered(values, group).movedim(0, 1).flatten(1)
+        tokens = gathered(tokens + group.rank() * local, group).movedim(0, 1).flatten(1)
+        dist.all_reduce(left_out, op=dist.ReduceOp.MAX, group=group)
+    # Ids rise along the row, so that a stable sort leaves the lower one of equals in front.
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(-1, order), left_out
+
+
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, ...]: x of every rank."""
+    if group.size() == 1:
+        return x.unsqueeze(0)
+    out = x.new_empty(group.size(), *x.shape)
+    dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=group)
+    return out

@@ -89,7 +89,7 @@ class M1Model(LanguageModule):
         tensor-parallel group); on a pipeline stage before the last, the activations [s, b, h].
 
         tokens, position_ids: [b, s] int64 (b = 1 with packed_seq_params); padding_mask: [b, s] bool, True where padding.
-        inference_context: tokens [1, n] continue the sequences it holds; logits of the rows it names [1, m, V].
+        inference_context: tokens [1, n] continue the sequences it holds; this rank's logits of the rows it names [1, m, V/TP].
         """
         m1 = self.config.m1
         hidden = self.embedding(tokens, position_ids) if self.pre_process else None
@@ -106,7 +106,7 @@ class M1Model(LanguageModule):
         if not self.post_process:
             return hidden
         if inference_context is not None:
-            hidden = inference_context.predicting(hidden)
+            return self.output_layer(inference_context.predicting(hidden)).transpose(0, 1)
         if labels is not None:
             return self.output_layer(hidden, labels)
         logits = gather_from_tensor_model_parallel_region(self.output_layer(hidden), group=self.tp_group)

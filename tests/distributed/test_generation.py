@@ -1,12 +1,14 @@
 """Generation with the hybrid cache: the same numbers as the training forward pass, in every layout and batch size."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -17,8 +19,9 @@ from megatron_m1.checkpoint.native import save_checkpoint
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.schema import MoEConfig, ParallelConfig, TrainingConfig
 from megatron_m1.engine.trainer import Trainer
-from megatron_m1.generation.engine import Completion, Sampling, generate
-from megatron_m1.model.build import build_model
+from megatron_m1.generation.engine import Engine
+from megatron_m1.generation.requests import Request, Result, Sampling, request_seed
+from megatron_m1.model.build import build_model, routers
 from megatron_m1.parallel import init_groups
 
 BOUND = 1e-5
@@ -51,7 +54,8 @@ OTHER_MODEL = replace(
 )
 PROMPTS = [[1, 2, 3], [5] * 17, [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [11, 60, 33, 2]]
 GREEDY = Sampling(max_new_tokens=16, temperature=0.0)
-DRAWN = Sampling(max_new_tokens=16, temperature=1.3, top_p=0.95, seed=5)
+DRAWN = Sampling(max_new_tokens=16, temperature=1.3, top_p=0.95)
+SEED = 5
 
 LAYOUTS = {
     "DP2": (2, {}),
@@ -78,25 +82,28 @@ def config_of(parallel: dict[str, int], model: ModelConfig = MODEL) -> Config:
     )
 
 
+def requests_of(prompts: list[list[int]], sampling: Sampling, seed: int = SEED) -> list[Request]:
+    return [Request(tuple(prompt), request_seed(seed, index), sampling) for index, prompt in enumerate(prompts)]
+
+
 def complete(
-    rank: int, world: int, parallel: dict[str, int], prompts: list[list[int]], sampling: Sampling, batch_size: int,
+    rank: int, world: int, parallel: dict[str, Any], requests: list[Request], options: dict[str, Any],
     model: ModelConfig = MODEL,
-) -> list[Completion]:  # fmt: skip
+) -> list[Result]:  # fmt: skip
     config = config_of(parallel, model)
     groups = init_groups(config.parallel, seed=1)
-    [stage] = build_model(config, groups)
-    return generate(stage, groups, prompts, sampling, batch_size=batch_size)
+    return Engine(build_model(config, groups), groups, **options).generate(requests)
 
 
 def teacher_forced(
-    rank: int, world: int, prompts: list[list[int]], completions: list[Completion], model: ModelConfig
+    rank: int, world: int, prompts: list[list[int]], results: list[Result], model: ModelConfig
 ) -> list[torch.Tensor]:
     """Log-probabilities that training's loss gives the generated tokens, from one pass over each whole sequence."""
     config = config_of({}, model)
     [whole] = build_model(config, init_groups(config.parallel, seed=1))
     scores = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        tokens = torch.tensor([prompt + completion.tokens])
+    for prompt, result in zip(prompts, results, strict=True):
+        tokens = torch.tensor([prompt + result.tokens])
         positions = torch.arange(tokens.shape[1] - 1)[None]
         with torch.no_grad():
             nll = whole(tokens[:, :-1], positions, labels=tokens[:, 1:])
@@ -104,7 +111,7 @@ def teacher_forced(
     return scores
 
 
-def assert_same(got: list[Completion], want: list[Completion]) -> None:
+def assert_same(got: list[Result], want: list[Result]) -> None:
     assert [c.tokens for c in got] == [c.tokens for c in want]
     assert [c.finish_reason for c in got] == [c.finish_reason for c in want]
     for a, b in zip(got, want, strict=True):
@@ -113,44 +120,95 @@ def assert_same(got: list[Completion], want: list[Completion]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(rank_pool):
-    """Completions of one rank, one prompt at a time: greedy and drawn."""
-    return {sampling: rank_pool.run(complete, ({}, PROMPTS, sampling, 1), world=1)[0] for sampling in (GREEDY, DRAWN)}
+    """Completions of one rank, one sequence at a time: greedy and drawn."""
+    return {
+        sampling: rank_pool.run(complete, ({}, requests_of(PROMPTS, sampling), {"slots": 1}), world=1)[0]
+        for sampling in (GREEDY, DRAWN)
+    }
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("model", [MODEL, OTHER_MODEL], ids=["postnorm", "prenorm, shared expert, 6 heads"])
 def test_cached_decoding_equals_the_training_forward_pass(ranks, sampling, model):
-    [completions] = ranks(1, complete, {}, PROMPTS, sampling, 3, model)
-    [scores] = ranks(1, teacher_forced, PROMPTS, completions, model)
-    for completion, score in zip(completions, scores, strict=True):
-        assert len(completion.tokens) == len(completion.logprobs) == 16
-        assert (torch.tensor(completion.logprobs) - score).abs().max() <= BOUND
+    [results] = ranks(1, complete, {}, requests_of(PROMPTS, sampling), {"slots": 3}, model)
+    [scores] = ranks(1, teacher_forced, PROMPTS, results, model)
+    for result, score in zip(results, scores, strict=True):
+        assert len(result.tokens) == len(result.logprobs) == 16
+        assert (torch.tensor(result.logprobs) - score).abs().max() <= BOUND
     # The comparison means something: the past matters, and tokens vary.
-    assert len({token for completion in completions for token in completion.tokens}) > 5
+    assert len({token for result in results for token in result.tokens}) > 5
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 8])
-def test_completions_do_not_depend_on_the_batch_size(ranks, alone, batch_size):
+@pytest.mark.parametrize("slots", [2, 3, 8])
+def test_results_do_not_depend_on_the_batch_size(ranks, alone, slots):
     for sampling in (GREEDY, DRAWN):
-        assert_same(ranks(1, complete, {}, PROMPTS, sampling, batch_size)[0], alone[sampling])
+        assert_same(ranks(1, complete, {}, requests_of(PROMPTS, sampling), {"slots": slots})[0], alone[sampling])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_completions_do_not_depend_on_the_layout(ranks, alone, layout):
+def test_results_do_not_depend_on_the_layout(ranks, alone, layout):
+    """Greedy and drawn in one batch, so that both kinds of rows meet."""
     world, parallel = LAYOUTS[layout]
-    for sampling in (GREEDY, DRAWN):
-        for completions in ranks(world, complete, parallel, PROMPTS, sampling, 2):
-            assert_same(completions, alone[sampling])
+    requests = requests_of(PROMPTS, GREEDY) + requests_of(PROMPTS, DRAWN)
+    for results in ranks(world, complete, parallel, requests, {"slots": 3}):
+        assert_same(results, alone[GREEDY] + alone[DRAWN])
 
 
-def test_a_draw_does_not_depend_on_other_prompts(ranks, alone):
+def test_a_draw_depends_on_seed_and_position_only(ranks, alone):
     others = [PROMPTS[0], [3], PROMPTS[2], [4, 4]]
-    [completions] = ranks(1, complete, {}, others, DRAWN, 4)
-    assert_same([completions[0], completions[2]], [alone[DRAWN][0], alone[DRAWN][2]])
-    [twice] = ranks(1, complete, {}, [[1, 2], [1, 2]], DRAWN, 2)
-    assert twice[0].tokens != twice[1].tokens
-    [reseeded] = ranks(1, complete, {}, others, replace(DRAWN, seed=6), 4)
-    assert reseeded[0].tokens != completions[0].tokens
+    [results] = ranks(1, complete, {}, requests_of(others, DRAWN), {"slots": 4})
+    assert_same([results[0], results[2]], [alone[DRAWN][0], alone[DRAWN][2]])
+    same = Request((1, 2), 7, DRAWN)
+    [twice] = ranks(1, complete, {}, [same, replace(same, seed=8), same], {"slots": 2})
+    assert twice[0].tokens == twice[2].tokens != twice[1].tokens
+
+
+GROUP_PROMPT = [(7 * i) % 64 for i in range(150)]
+"""Two full blocks and a part of a third."""
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "options"),
+    [
+        (1, {}, {"slots": 7}),
+        (1, {}, {"slots": 3, "prefill_tokens": 64}),
+        (1, {}, {"slots": 4, "cache_tokens": 384}),
+        (2, {"expert": 2}, {"slots": 2, "prefill_tokens": 64}),
+        (2, {"tensor": 2}, {"slots": 3, "prefill_tokens": 128}),
+    ],
+    ids=["all at once", "3 slots, chunks", "few blocks", "EP2", "TP2"],
+)
+def test_samples_of_one_prompt_share_its_prefill(ranks, groups_alone, world, parallel, options):
+    """The samples start from a copied state and shared blocks, some at once and some when a slot is free again."""
+    requests, want = groups_alone
+    for results in ranks(world, complete, parallel, requests, options):
+        assert_same(results, want)
+
+
+@pytest.fixture(scope="module")
+def groups_alone(rank_pool):
+    lengths = [9, 3, 16, 1, 12]
+    requests = [
+        Request(tuple(GROUP_PROMPT), seed, replace(DRAWN, max_new_tokens=length)) for seed, length in enumerate(lengths)
+    ] + [Request(tuple(GROUP_PROMPT[:64]), seed, replace(DRAWN, max_new_tokens=5)) for seed in range(2)]
+    want = [rank_pool.run(complete, ({}, [request], {"slots": 1}), world=1)[0][0] for request in requests]
+    assert len({tuple(result.tokens[:3]) for result in want}) > 4
+    return requests, want
+
+
+def count_prefilled(rank: int, world: int, requests: list[Request]) -> list[int]:
+    config = config_of({})
+    groups = init_groups(config.parallel, seed=1)
+    models = build_model(config, groups)
+    lengths: list[int] = []
+    models[0].register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    Engine(models, groups, slots=4, prefill_tokens=64).generate(requests)
+    return lengths
+
+
+def test_a_shared_prompt_is_prefilled_once_in_whole_chunks(ranks, groups_alone):
+    [lengths] = ranks(1, count_prefilled, groups_alone[0])
+    assert lengths == [64, 64, 22, 64]
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"expert": 2}), (4, {"pipeline": 2, "expert": 2})])
@@ -158,20 +216,86 @@ def test_an_end_token_stops_each_sequence_at_its_own_length(ranks, alone, world,
     """Ranks that share experts run out of sequences at different times and must still keep step."""
     end = alone[DRAWN][1].tokens[4]
     want = []
-    for completion in alone[DRAWN]:
-        stop = completion.tokens.index(end) + 1 if end in completion.tokens else None
-        reason = "length" if stop is None else "stop"
-        want.append(Completion(completion.tokens[:stop], completion.logprobs[:stop], reason))
-    assert {c.finish_reason for c in want} == {"stop", "length"}
-    for completions in ranks(world, complete, parallel, PROMPTS, replace(DRAWN, end_token=end), 2):
-        assert_same(completions, want)
+    for result in alone[DRAWN]:
+        stop = result.tokens.index(end) + 1 if end in result.tokens else None
+        want.append(Result(result.tokens[:stop], result.logprobs[:stop], "length" if stop is None else "eos"))
+    assert {result.finish_reason for result in want} == {"eos", "length"}
+    unseen = next(token for token in range(64) if all(token not in result.tokens for result in alone[DRAWN]))
+    requests = requests_of(PROMPTS, replace(DRAWN, end_tokens=(unseen, end)))
+    for results in ranks(world, complete, parallel, requests, {"slots": 2}):
+        assert_same(results, want)
+
+
+def test_confident_repetition_stops(ranks, alone):
+    logprobs = alone[GREEDY][0].logprobs
+    threshold = math.exp(min(logprobs[3:7])) * 0.999
+    confident = [logprob > math.log(threshold) for logprob in logprobs]
+    stop = next(i for i in range(4, 17) if all(confident[i - 4 : i]))
+    sampling = replace(GREEDY, repetition_tokens=4, repetition_probability=threshold)
+    [[result]] = ranks(1, complete, {}, requests_of(PROMPTS[:1], sampling), {"slots": 1})
+    assert (result.finish_reason, len(result.tokens)) == ("stop_repetition", stop)
 
 
 def test_fewer_prompts_than_ranks(ranks, alone):
     want = [alone[GREEDY][0]]
-    for world, parallel in ((2, {"expert": 2}), (2, {})):
-        for completions in ranks(world, complete, parallel, PROMPTS[:1], GREEDY, 4):
-            assert_same(completions, want)
+    for parallel in ({"expert": 2}, {}):
+        for results in ranks(2, complete, parallel, requests_of(PROMPTS[:1], GREEDY), {"slots": 4}):
+            assert_same(results, want)
+
+
+def complete_in_the_training_layout(rank: int, world: int, requests: list[Request]) -> tuple[list[Result], bool]:
+    """Sequence parallelism on and two chunks per rank as training has them, and whether all is as it was afterwards."""
+    config = config_of({"tensor": 2, "pipeline": 2, "virtual_pipeline": 2})
+    config.parallel.sequence = True
+    groups = init_groups(config.parallel, seed=1)
+    models = build_model(config, groups)
+
+    def settings() -> list:
+        return [
+            (vars(module).get("sequence_parallel"), vars(module).get("scatter_for_experts"), module.training)
+            for model in models
+            for module in model.modules()
+        ] + [config.parallel.sequence, models[0].config.sequence_parallel]
+
+    before = settings()
+    results = Engine(models, groups, slots=3).generate(requests)
+    return results, before == settings() and models[0].config.sequence_parallel
+
+
+def test_the_training_layout_with_sequence_parallelism(ranks, alone):
+    for results, restored in ranks(4, complete_in_the_training_layout, requests_of(PROMPTS, DRAWN)):
+        assert restored
+        assert_same(results, alone[DRAWN])
+
+
+def routing_of_training(rank: int, world: int, requests: list[Request], results: list[Result]) -> list[torch.Tensor]:
+    """Experts [tokens, layers, top_k], sorted, in one pass over each whole sequence."""
+    config = config_of({})
+    [whole] = build_model(config, init_groups(config.parallel, seed=1))
+    chosen: list[torch.Tensor] = []
+    for router in routers([whole]):
+        router.register_forward_hook(lambda module, inputs, output: chosen.append(output[1]))
+    out = []
+    for request, result in zip(requests, results, strict=True):
+        chosen.clear()
+        tokens = torch.tensor([[*request.prompt, *result.tokens[:-1]]])
+        with torch.no_grad():
+            whole(tokens, torch.arange(tokens.shape[1])[None])
+        out.append(torch.stack([mask.nonzero()[:, 1].view(-1, 2) for mask in chosen], dim=1))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"), [(1, {}), (4, {"pipeline": 2, "expert": 2}), (4, {"tensor": 2, "expert": 2})]
+)
+def test_routing_is_that_of_training(ranks, groups_alone, world, parallel):
+    requests = groups_alone[0][:3] + requests_of(PROMPTS, DRAWN)
+    options = {"slots": 3, "prefill_tokens": 64, "record_routing": True}
+    results = ranks(world, complete, parallel, requests, options)[0]
+    [want] = ranks(1, routing_of_training, requests, results)
+    for result, experts in zip(results, want, strict=True):
+        assert result.routing.dtype == torch.int16
+        assert torch.equal(result.routing.sort(dim=-1).values.long(), experts)
 
 
 def complete_with_a_nan(rank: int, world: int, parallel: dict[str, int]) -> str:
@@ -181,7 +305,7 @@ def complete_with_a_nan(rank: int, world: int, parallel: dict[str, int]) -> str:
     if stage.pre_process:
         stage.embedding.word_embeddings.weight.data[33] = torch.nan
     with pytest.raises(FloatingPointError) as error:
-        generate(stage, groups, PROMPTS, GREEDY, batch_size=8)
+        Engine(stage, groups, slots=8).generate(requests_of(PROMPTS, GREEDY))
     return str(error.value)
 
 
@@ -231,14 +355,14 @@ def test_command(checkpoint, tmp_path, alone, world, layout):
     output = tmp_path / "out.jsonl"
     result = command(
         world, "--checkpoint", checkpoint, "--prompts", prompts, "--output", output, "--max-new-tokens", 16,
-        "--temperature", DRAWN.temperature, "--top-p", DRAWN.top_p, "--seed", DRAWN.seed, "--batch-size", 2, *layout,
+        "--temperature", DRAWN.temperature, "--top-p", DRAWN.top_p, "--seed", SEED, "--batch-size", 2, *layout,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [record["text"] for record in records] == [None] * len(PROMPTS)
     assert [record["index"] for record in records] == list(range(len(PROMPTS)))
     assert [record["prompt_tokens"] for record in records] == [len(prompt) for prompt in PROMPTS]
-    assert_same([Completion(r["token_ids"], r["logprobs"], r["finish_reason"]) for r in records], alone[DRAWN])
+    assert_same([Result(r["token_ids"], r["logprobs"], r["finish_reason"]) for r in records], alone[DRAWN])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
@@ -268,7 +392,7 @@ def test_command_with_text(checkpoint, tmp_path, alone):
     stop = greedy.index(end) + 1
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     for record in records:
-        assert record["token_ids"] == greedy[:stop] and record["finish_reason"] == "stop"
+        assert record["token_ids"] == greedy[:stop] and record["finish_reason"] == "eos"
         assert record["text"] == " ".join(f"w{token}" for token in greedy[: stop - 1])
 
 

@@ -1,0 +1,128 @@
+"""One-token passes through a pipeline stage: the parameters and formulas of the model's modules without core's wrappers.
+
+At a few tokens per pass the wrappers (dispatcher, autograd functions, reductions over groups of one) cost more than
+reading the weights. Where experts are spread over ranks that hold other tokens, core's dispatcher stays.
+tests/distributed/test_generation.py compares every layout with the training forward pass.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.nn.functional import grouped_mm, linear, rms_norm, silu
+
+from megatron_m1.generation.cache import HybridCache
+from megatron_m1.model.lightning import LightningAttention
+from megatron_m1.model.m1 import M1Model
+from megatron_m1.model.softmax import SoftmaxAttention, apply_rotary, rotary_table
+
+__all__ = ["decode_stage", "local_experts"]
+
+RecordRouting = Callable[[int, Tensor], None]
+"""Takes a 1-based layer number and the experts [n, top_k] of the pass's tokens."""
+
+
+def local_experts(groups: ProcessGroupCollection) -> bool:
+    """Whether this rank and its tensor-parallel peers, which have the same tokens, hold all experts."""
+    return groups.ep.size() == 1 and groups.expt_tp.size() in (1, groups.tp.size())
+
+
+def decode_stage(
+    model: M1Model,
+    tokens: Tensor,
+    position_ids: Tensor,
+    cache: HybridCache,
+    groups: ProcessGroupCollection,
+    *,
+    hidden: Tensor | None,
+    record: RecordRouting | None,
+) -> Tensor:
+    """What `model(tokens, position_ids, inference_context=cache)` gives, up to rounding: [m, V / tp] fp32 on the last stage, else
+    the activations [n, 1, h].
+
+    tokens, position_ids: [1, n] of a pass begun with cache.start_decode. hidden: [n, 1, h] from the stage before.
+    """
+    m1 = model.config.m1
+    if model.pre_process:
+        hidden = model.embedding.word_embeddings(tokens)
+    assert hidden is not None, "stages after the first need the activations of the one before"
+    hidden = hidden.view(-1, m1.hidden_size)
+    rotary = rotary_table(position_ids, m1.rotary_dim, m1.rope_theta)
+    for layer in model.decoder.layers:
+        x = _norm(hidden, layer.input_layernorm)
+        attention = layer.self_attention
+        if isinstance(attention, LightningAttention):
+            out = _lightning(attention, x, cache, groups.tp)
+        else:
+            out = _softmax(attention, x, cache, rotary, groups.tp)
+        hidden = _add(out, x if layer.postnorm else hidden, layer.attention_beta, layer.attention_alpha)
+        y = _norm(hidden, layer.pre_mlp_layernorm)
+        if local_experts(groups):
+            out = _experts(layer, y, groups, record)
+        else:
+            out = layer._experts(y.unsqueeze(1), None).squeeze(1)
+        if layer.shared_mlp is not None:
+            out = layer.shared_mlp(y.unsqueeze(1), out.unsqueeze(1)).squeeze(1)
+        hidden = _add(out, y if layer.postnorm else hidden, layer.mlp_beta, layer.mlp_alpha)
+    if not model.post_process:
+        return hidden.unsqueeze(1)
+    hidden = _norm(cache.predicting(hidden), model.decoder.final_layernorm)
+    return linear(hidden.float(), model.output_layer.weight)
+
+
+def _lightning(attention: LightningAttention, x: Tensor, cache: HybridCache, tp: dist.ProcessGroup) -> Tensor:
+    qkv = silu(linear(x, attention.qkv_proj.weight)).view(1, len(x), attention.local_heads, -1)
+    q, k, v = qkv.split(attention.head_dim, dim=-1)
+    if attention.slopes.device != x.device:
+        attention.slopes = attention.slopes.to(x.device)
+    out = cache.lightning(attention.layer_number, q, k, v, attention.slopes).view(len(x), -1)
+    norm = attention.norm
+    squares = _summed(out.float().square().sum(dim=-1, keepdim=True), tp)
+    scale = squares.div_(norm.channels).add_(norm.eps).rsqrt_()
+    gate = linear(x, attention.output_gate.weight)
+    out = torch.sigmoid(gate.float()).mul_(out).mul_(scale).mul_(norm.weight).to(x.dtype)
+    return _summed(linear(out, attention.out_proj.weight), tp)
+
+
+def _softmax(
+    attention: SoftmaxAttention, x: Tensor, cache: HybridCache, rotary: Tensor, tp: dist.ProcessGroup
+) -> Tensor:
+    qkv = linear(x, attention.qkv_proj.weight)
+    qkv = qkv.view(1, len(x), attention.local_groups, attention.queries_per_group + 2, attention.head_dim)
+    q = apply_rotary(qkv[:, :, :, :-2].flatten(2, 3), rotary)
+    k = apply_rotary(qkv[:, :, :, -2], rotary)
+    out = cache.softmax(attention.layer_number, q, k, qkv[:, :, :, -1], scale=attention.head_dim**-0.5)
+    return _summed(linear(out.reshape(len(x), -1), attention.o_proj.weight), tp)
+
+
+def _experts(layer: torch.nn.Module, y: Tensor, groups: ProcessGroupCollection, record: RecordRouting | None) -> Tensor:
+    """The routed experts, all of them here: tokens sorted by expert, two grouped products, a sum in fixed order."""
+    router, experts = layer.mlp.router, layer.mlp.experts
+    scores, chosen = linear(y.float(), router.weight).topk(router.topk, dim=-1)
+    if record is not None:
+        record(layer.layer_number, chosen)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    ends = torch.searchsorted(flat[order], torch.arange(len(experts.fc1), device=y.device), right=True).to(torch.int32)
+    gate_up = grouped_mm(y.index_select(0, order // router.topk), experts.fc1.flatten(1, 2).transpose(1, 2), offs=ends)
+    gate, up = gate_up.chunk(2, dim=-1)
+    shares = scores.softmax(dim=-1).flatten()[order].to(y.dtype).unsqueeze(-1)
+    out = grouped_mm(silu(gate).mul_(up).mul_(shares), experts.fc2.transpose(1, 2), offs=ends)
+    out = torch.empty_like(out).index_copy_(0, order, out).view(len(y), router.topk, -1).sum(dim=1)
+    return _summed(out, groups.expt_tp)
+
+
+def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
+    return rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+
+def _add(branch: Tensor, residual: Tensor, beta: float, alpha: float) -> Tensor:
+    return torch.add(branch if beta == 1.0 else branch * beta, residual, alpha=alpha)
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if group.size() > 1:
+        dist.all_reduce(x, group=group)
+    return x

@@ -1,0 +1,51 @@
+"""Who runs when: requests with equal prompts form a group, whose prompt goes through the model once."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megatron_m1.generation.cache import Prefix
+from megatron_m1.generation.requests import Request, Running
+
+__all__ = ["PromptGroup", "group_requests", "share_of_replica"]
+
+
+@dataclass
+class PromptGroup:
+    """Requests with one prompt, of which those in `waiting` have not started."""
+
+    prompt: tuple[int, ...]
+    waiting: deque[Running]
+    prefix: Prefix | None = None
+    """What the model made of the prompt, while requests wait for it."""
+    logits: Tensor | None = None
+    """[V / TP] after the prompt, where the head is."""
+    prefilled: int = 0
+    """Tokens of the prompt that have gone through the model."""
+    starting: int = 0
+    """Requests that have been given a slot and start when the prompt is through the model."""
+    routing: list[Tensor] = field(default_factory=list)
+
+    def start(self) -> Running:
+        """The next request, off `waiting`."""
+        request = self.waiting.popleft()
+        request.routing = list(self.routing)
+        return request
+
+
+def group_requests(requests: list[tuple[int, Request]]) -> list[PromptGroup]:
+    """(index, request) pairs by prompt, in order of first appearance."""
+    groups: dict[tuple[int, ...], PromptGroup] = {}
+    for index, request in requests:
+        group = groups.setdefault(request.prompt, PromptGroup(request.prompt, deque()))
+        group.waiting.append(Running(index, request))
+    return list(groups.values())
+
+
+def share_of_replica(requests: list[Request], replica: int, replicas: int) -> list[tuple[int, Request]]:
+    """(index, request) pairs of the prompts that fall to `replica`: whole prompt groups, dealt out in turn."""
+    turn: dict[tuple[int, ...], int] = {}
+    for request in requests:
+        turn.setdefault(request.prompt, len(turn) % replicas)
+    return [(index, request) for index, request in enumerate(requests) if turn[request.prompt] == replica]
