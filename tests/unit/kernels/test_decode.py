@@ -106,7 +106,9 @@ def test_masked_slots_keep_every_bit_and_yield_zero(step: Step) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_slots_pick_rows_of_a_pool(step: Step, dtype: torch.dtype) -> None:
     q, k, v = (x.clone() for x in token_inputs(4, 2, 16, torch.float32))
-    pool, decay = torch.randn(6, 2, 16, 16), slopes(2, 0, 8)
+    # Row 0 is what a row of -1 would reach.
+    guarded, decay = torch.randn(7, 2, 16, 16), slopes(2, 0, 8)
+    guard, pool = guarded[0].clone(), guarded[1:]
     before, slots = pool.clone(), torch.tensor([5, -1, 0, 2], dtype=dtype)
     q[1] = float("nan")
     out = step(q, k, v, pool, decay, slots=slots, active=torch.tensor([True, True, True, False]))
@@ -116,6 +118,7 @@ def test_slots_pick_rows_of_a_pool(step: Step, dtype: torch.dtype) -> None:
     assert head_errors(pool[rows], exact, 1).max() <= 1e-6
     assert torch.equal(out[[1, 3]], torch.zeros(2, 2, 16))
     assert torch.equal(pool[[1, 2, 3, 4]], before[[1, 2, 3, 4]])
+    assert torch.equal(guarded[0], guard)
 
 
 def test_without_sequences(step: Step) -> None:
