@@ -13,7 +13,7 @@ import torch
 from m1_kernels.grid import ChunkGrid, build_grid
 from torch.autograd.function import once_differentiable
 
-__all__ = ["chunk_size", "lightning_attention_chunked"]
+__all__ = ["chunk_size", "lightning_attention_chunked", "lightning_attention_packed_chunked"]
 
 # Elements of one [N, heads, C, C] intermediate. CPU: 2 MiB in float32: a few of them fit in the last-level cache and
 # the allocator reuses them without page faults; CUDA: enough work for a launch.
@@ -36,16 +36,43 @@ def lightning_attention_chunked(
 
     Saves its inputs for the backward, and of a dense sequence the state at every SEGMENT_TOKENS. Linear in T.
     """
-    if cu_seqlens is not None and (documents := _equal_documents(cu_seqlens, q.shape[1])):
-        # A pack of equal documents is a dense batch, which needs no gathering into chunks.
-        q, k, v = (x[0].unflatten(0, (documents, -1)) for x in (q, k, v))
-        o, final_state = lightning_attention_chunked(
-            q, k, v, slopes, initial_state=initial_state, return_final_state=True
-        )
-        o = o.flatten(0, 1).unsqueeze(0)
-        return (o, final_state) if return_final_state else o
-    o, final_state = _Chunked.apply(q, k, v, slopes, initial_state, _segments(q, cu_seqlens), return_final_state)
+    o, final_state = _run((q, k, v), slopes, initial_state, cu_seqlens, return_final_state, activate=False)
     return (o, final_state) if return_final_state else o
+
+
+def lightning_attention_packed_chunked(
+    qkv: torch.Tensor,
+    slopes: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    return_final_state: bool = False,
+    activation: str | None = "silu",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """As `lightning_attention_chunked` for the projection qkv [B, T, H, 3D], q, k and v being its parts after `activation`.
+
+    activation: "silu", rounded to the dtype of qkv, or None. It is computed a few heads at a time and again in the
+    backward, whose gradients are written into one tensor: fewer passes over memory than with separate operators.
+    """
+    o, final_state = _run((qkv,), slopes, initial_state, cu_seqlens, return_final_state, activate=activation == "silu")
+    return (o, final_state) if return_final_state else o
+
+
+def _run(inputs: tuple[torch.Tensor, ...], slopes, initial_state, cu_seqlens, return_final_state: bool, activate: bool):
+    """(o, final state or None) from inputs (q, k, v) or (qkv,)."""
+    tokens = inputs[0].shape[1]
+    documents = 0 if cu_seqlens is None else _equal_documents(cu_seqlens, tokens)
+    if documents:
+        # A pack of equal documents is a dense batch, which needs no gathering into chunks.
+        inputs, cu_seqlens = tuple(x[0].unflatten(0, (documents, -1)) for x in inputs), None
+    segments = _segments(_apart(inputs)[0], cu_seqlens)
+    o, final_state = _Chunked.apply(slopes, initial_state, segments, return_final_state, activate, *inputs)
+    return (o.flatten(0, 1).unsqueeze(0) if documents else o), final_state
+
+
+def _apart(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """q, k, v, views of a packed input."""
+    return inputs if len(inputs) == 3 else inputs[0].split(inputs[0].shape[-1] // 3, dim=-1)
 
 
 def _segments(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[tuple[slice, ChunkGrid]]:
@@ -100,8 +127,9 @@ class _Decays:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, slopes, initial_state, segments: list[tuple[slice, ChunkGrid]], return_final_state: bool):
+    def forward(ctx, slopes, initial_state, segments, return_final_state: bool, activate: bool, *inputs):
         ctx.set_materialize_grads(False)
+        q, k, v = _apart(inputs)
         dtype = _compute_dtype(q)
         heads, dim = q.shape[2:]
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -114,21 +142,25 @@ class _Chunked(torch.autograd.Function):
                     final_state.copy_(initial)
             for group in _head_groups(heads, grid, q.device):
                 qs, ks, vs = (grid.gather(x[:, span, group], dtype) for x in (q, k, v))
+                if activate:
+                    qs, ks, vs = (_silu(x, q.dtype) for x in (qs, ks, vs))
                 decays = _Decays.of(slopes[group], grid, dtype)
                 states = (_heads_of(x, group, dtype) for x in (initial, final_state))
                 _forward_heads(qs, ks, vs, decays, grid, o[:, span, group], *states)
             entered.append(final_state)
-        ctx.save_for_backward(q, k, v, slopes, *entered[:-1])
-        ctx.segments = segments
+        ctx.save_for_backward(slopes, *inputs, *entered[:-1])
+        ctx.segments, ctx.activate, ctx.input_count = segments, activate, len(inputs)
         return o, entered[-1] if return_final_state else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        q, k, v, slopes, *entered = ctx.saved_tensors
+        slopes, *rest = ctx.saved_tensors
+        inputs, entered = tuple(rest[: ctx.input_count]), rest[ctx.input_count :]
+        q, k, v = _apart(inputs)
         dtype = _compute_dtype(q)
         do = torch.zeros_like(q) if do is None else do
-        dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
         exit_grad = dfinal
         for (span, grid), initial in reversed(list(zip(ctx.segments, entered, strict=True))):
             entry_grad = None
@@ -137,14 +169,19 @@ class _Chunked(torch.autograd.Function):
                 if exit_grad is not None:
                     entry_grad.copy_(exit_grad)
             for group in _head_groups(q.shape[2], grid, q.device):
-                qs, ks, vs, dos = (grid.gather(x[:, span, group], dtype) for x in (q, k, v, do))
+                raw = [grid.gather(x[:, span, group], dtype) for x in (q, k, v)]
+                qkv = [_silu(x, q.dtype) for x in raw] if ctx.activate else raw
+                dos = grid.gather(do[:, span, group], dtype)
                 decays = _Decays.of(slopes[group], grid, dtype)
                 states = (_heads_of(x, group, dtype) for x in (initial, exit_grad))
-                grads = [x[:, span, group] for x in (dq, dk, dv)]
                 dinitial = None if entry_grad is None else entry_grad[:, group]
-                _backward_heads(qs, ks, vs, dos, decays, grid, *states, grads, dinitial)
+                found = _backward_heads(*qkv, dos, decays, grid, *states, dinitial)
+                for grad, x, out in zip(found, raw, _apart(grads), strict=True):
+                    if ctx.activate:
+                        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+                    grid.scatter(grad, out[:, span, group])
             exit_grad = entry_grad
-        return dq, dk, dv, None, exit_grad, None, None
+        return None, exit_grad, None, None, None, *grads
 
 
 def _forward_heads(q, k, v, decays, grid, o, initial, final_state) -> None:
@@ -162,8 +199,8 @@ def _forward_heads(q, k, v, decays, grid, o, initial, final_state) -> None:
     grid.scatter(out, o)
 
 
-def _backward_heads(q, k, v, do, decays, grid, initial, dfinal, grads, dinitial) -> None:
-    """Write the gradients of some heads. q, k, v, do: [N, h, C, D], overwritten; grads: dq, dk, dv [B, T, h, D]."""
+def _backward_heads(q, k, v, do, decays, grid, initial, dfinal, dinitial) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv of some heads, and dinitial written. q, k, v, do: [N, h, C, D], overwritten."""
     scores = _bmm(q, k.mT).mul_(decays.mask)
     dv = _bmm(scores.mT, do)
     torch.bmm(do.flatten(0, 1), v.flatten(0, 1).mT, out=scores.flatten(0, 1))
@@ -183,8 +220,7 @@ def _backward_heads(q, k, v, do, decays, grid, initial, dfinal, grads, dinitial)
         _add_bmm_(dk[:left], v[:left].mul_(decays.key[:left]), dexit.mT)
         if dinitial is not None:
             dinitial.index_copy_(0, grid.order, dstates[: len(grid.order)].to(dinitial.dtype))
-    for grad, out in zip((dq, dk, dv), grads):
-        grid.scatter(grad, out)
+    return dq, dk, dv
 
 
 def _inter_chunk_ranges(grid: ChunkGrid, has_initial: bool, has_final: bool) -> tuple[int, int]:
@@ -252,6 +288,11 @@ def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _add_bmm_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+
+
+def _silu(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """SiLU of x, a new tensor of its dtype with values of `dtype`."""
+    return torch.nn.functional.silu(x).to(dtype).to(x.dtype)
 
 
 def _heads_of(state: torch.Tensor | None, group: slice, dtype: torch.dtype) -> torch.Tensor | None:

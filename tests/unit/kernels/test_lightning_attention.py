@@ -4,7 +4,7 @@ import pytest
 import torch
 from m1_kernels import chunked, lightning_attention, slopes
 
-from tests.unit.kernels.checks import Case, assert_matches_oracle, make_inputs, oracle, run
+from tests.unit.kernels.checks import Case, assert_matches_oracle, head_errors, make_inputs, oracle, run
 
 C = chunked.chunk_size(16)
 FLOAT32_BOUND = 1e-6
@@ -221,6 +221,32 @@ def test_backward_keeps_nothing_but_the_inputs() -> None:
         lightning_attention(*qkv.split(16, dim=-1), decay, initial_state=inputs.initial)
     storages = {x.untyped_storage().data_ptr() for x in saved}
     assert storages == {x.untyped_storage().data_ptr() for x in (qkv, decay, inputs.initial)}
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("documents", [None, RAGGED, (C, C)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
+def test_packed_projection_equals_its_parts(
+    dtype: torch.dtype, bound: float, documents: tuple[int, ...] | None, activation: str | None
+) -> None:
+    case = Case(tokens=sum(documents) if documents else C + 9, documents=documents, dtype=dtype)
+    inputs = make_inputs(case)
+
+    def results(packed: bool) -> list[torch.Tensor]:
+        qkv, initial = inputs.qkv.clone().requires_grad_(), inputs.initial.clone().requires_grad_()
+        options = {"initial_state": initial, "cu_seqlens": case.cu_seqlens, "return_final_state": True}
+        decay = slopes(2, 0, 8)
+        if packed:
+            o, final = chunked.lightning_attention_packed_chunked(qkv, decay, activation=activation, **options)
+        else:
+            active = torch.nn.functional.silu(qkv) if activation else qkv
+            o, final = lightning_attention(*active.split(16, dim=-1), decay, implementation="torch", **options)
+        torch.autograd.backward([o, final], [inputs.do, inputs.dfinal])
+        return [o.detach(), final.detach(), qkv.grad, initial.grad]
+
+    for actual, expected, heads in zip(results(True), results(False), (2, 1, 2, 1), strict=True):
+        assert actual.dtype == expected.dtype
+        assert head_errors(actual, expected.double(), heads).max() <= bound
 
 
 def test_the_oracle_is_not_trivial() -> None:
