@@ -1,7 +1,7 @@
 """One training or evaluation step over all ranks."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,7 +97,7 @@ class Trainer:
         for router in routers(self.models):
             router.reset_statistics(micro_batches=len(micro_batches))
         tokens = self._global_tokens(micro_batches)
-        parts = self._run(micro_batches, forward_only=False, scale=1.0 / max(tokens, 1))
+        parts = self._run(micro_batches, forward_only=False, loss=partial(_masked_loss, scale=1.0 / max(tokens, 1)))
         return self._reduce_loss(parts), tokens
 
     @torch.no_grad()
@@ -106,8 +106,25 @@ class Trainer:
         for model in self.models:
             model.eval()
         tokens = self._global_tokens(micro_batches)
-        parts = self._run(micro_batches, forward_only=True, scale=1.0 / max(tokens, 1))
+        parts = self._run(micro_batches, forward_only=True, loss=partial(_masked_loss, scale=1.0 / max(tokens, 1)))
         return self._reduce_loss(parts), tokens
+
+    @torch.no_grad()
+    def score(self, micro_batches: list[dict[str, Any]]) -> list[Tensor]:
+        """Log-probability in nats of every label of `micro_batches`, masked or not, each [b, T] fp32 like its labels.
+
+        The same on all tensor-, context- and pipeline-parallel ranks of a replica; call it on all of them. The head works chunk by
+        chunk (training.head_chunk_tokens) and keeps no logits.
+        """
+        for model in self.models:
+            model.eval()
+        parts = self._run(micro_batches, forward_only=True, loss=partial(_log_probabilities, group=self.groups.cp))
+        scores = torch.empty(len(micro_batches), *MicroBatch.shape(micro_batches[0]), device=self.device)
+        if parts:
+            torch.stack(parts, out=scores)
+        if self.groups.pp.size() > 1:
+            dist.broadcast(scores, src=dist.get_process_group_ranks(self.groups.pp)[-1], group=self.groups.pp)
+        return [row.view(batch["labels"].shape) for row, batch in zip(scores, micro_batches)]
 
     def complete_parameters(self) -> None:
         """Make the weights in the modules those of the last update; under `overlap_param_gather` they otherwise arrive with
@@ -126,7 +143,8 @@ class Trainer:
         self.complete_parameters()
         return {name: sharded.data for name, sharded in sharded_parameters(self.models).items()}
 
-    def _run(self, micro_batches: list[dict[str, Any]], *, forward_only: bool, scale: float) -> list[Tensor]:
+    def _run(self, micro_batches: list[dict[str, Any]], *, forward_only: bool, loss: Callable) -> list[Tensor]:
+        """What `loss(nll [b, s], batch=...)` returns last, for each micro-batch; empty on pipeline stages before the last."""
         rows, length = MicroBatch.shape(micro_batches[0])
         # Each chunk brings its micro-batches to the device as it comes to them: a step can have a thousand.
         to_device = partial(
@@ -141,7 +159,7 @@ class Trainer:
                 not forward_only and self.force_all_reduce
             )  # read by the hooks that overlap the reduction
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, scale=scale),
+            forward_step_func=partial(_forward_step, loss=loss),
             data_iterator=_one_or_list(batches),
             model=self.models,
             num_microbatches=len(micro_batches),
@@ -208,7 +226,7 @@ class Trainer:
         }
 
 
-def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, *, scale: float) -> tuple[Tensor, Any]:
+def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, *, loss: Callable) -> tuple[Tensor, Any]:
     """Core's forward_step_func: the stage's output and the function that turns it into a loss."""
     batch = next(batches)
     output = model(
@@ -218,7 +236,7 @@ def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, *, scal
         packed_seq_params=batch.packed,
         padding_mask=batch.padding_mask,
     )
-    return output, partial(_masked_loss, batch=batch, scale=scale)
+    return output, partial(loss, batch=batch)
 
 
 def _masked_loss(nll: Tensor, *, batch: MicroBatch, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,6 +244,15 @@ def _masked_loss(nll: Tensor, *, batch: MicroBatch, scale: float) -> tuple[Tenso
     masked = nll.float() * batch.loss_mask
     part = masked.sum() * scale
     return part, torch.ones((), dtype=torch.int, device=nll.device), masked.detach().sum(dtype=torch.float64) * scale
+
+
+def _log_probabilities(nll: Tensor, *, batch: MicroBatch, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_masked_loss`, with the log-probabilities of the whole micro-batch, all context-parallel ranks' parts in order."""
+    if group.size() > 1:
+        parts = [torch.empty_like(nll) for _ in range(group.size())]
+        dist.all_gather(parts, nll, group=group)
+        nll = batch.packed.layout.unpartition(torch.cat(parts, dim=1), 1)
+    return nll.sum(), torch.ones((), dtype=torch.int, device=nll.device), -nll
 
 
 def _require_finite(name: str, value: float | None) -> None:
