@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from megatron_m1.config.schema import Config, ParallelConfig
 
-__all__ = ["Derived", "derived", "rank_groups"]
+__all__ = ["Derived", "derived", "head_chunk_tokens", "rank_groups"]
+
+_HEAD_CHUNK_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ def derived(config: Config, world_size: int) -> Derived:
         layers_per_chunk=config.model.num_hidden_layers // (parallel.pipeline * parallel.virtual_pipeline),
         micro_batches=training.global_batch // max(training.micro_batch * data, 1),
     )
+
+
+def head_chunk_tokens(config: Config) -> int:
+    """training.head_chunk_tokens, None resolved: tokens whose fp32 logits on one tensor-parallel rank fill 2 GiB."""
+    given, rows = config.training.head_chunk_tokens, config.model.vocab_size // config.parallel.tensor
+    return max(1, _HEAD_CHUNK_BYTES // (4 * rows)) if given is None else given
 
 
 def rank_groups(parallel: ParallelConfig, world_size: int) -> dict[str, list[list[int]]]:

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_m1.config.layout import derived
+from megatron_m1.config.layout import derived, head_chunk_tokens
 from megatron_m1.config.schema import Config, ModelConfig
 from megatron_m1.engine.flops import layer_parameters
 
@@ -13,8 +13,6 @@ __all__ = ["MemoryEstimate", "estimate_memory", "head_chunks", "rank_tokens", "s
 _FP32 = 4
 _CHUNK = 64
 """Tokens of a chunk of lightning attention (kernels/chunked.py, which needs torch and so is not imported here)."""
-_LOGITS_BYTES = 2**31
-"""Of one chunk of the head where training.head_chunk_tokens is None (model/vocab_loss.py, which needs torch as well)."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,7 @@ def rank_tokens(config: Config) -> float:
 
 def head_chunks(config: Config) -> int:
     """Parts of `rank_tokens` that the head takes one after the other."""
-    rows = config.model.vocab_size / config.parallel.tensor
-    chunk = config.training.head_chunk_tokens or max(1, int(_LOGITS_BYTES / (_FP32 * rows)))
-    return math.ceil(rank_tokens(config) / chunk)
+    return math.ceil(rank_tokens(config) / head_chunk_tokens(config))
 
 
 def _stage(config: Config, world_size: int, stage: int) -> MemoryEstimate:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_m1.config.layout import head_chunk_tokens
 from megatron_m1.config.schema import Config, ModelConfig
 
 __all__ = ["M1TransformerConfig", "core_config"]
@@ -16,7 +17,7 @@ class M1TransformerConfig(TransformerConfig):
     m1: ModelConfig
     context_lightning: str
     context_softmax: str
-    head_chunk_tokens: int | None
+    head_chunk_tokens: int
 
 
 def core_config(config: Config) -> M1TransformerConfig:
@@ -79,5 +80,5 @@ def core_config(config: Config) -> M1TransformerConfig:
     )
     core.m1 = model
     core.context_lightning, core.context_softmax = parallel.context_lightning, parallel.context_softmax
-    core.head_chunk_tokens = training.head_chunk_tokens
+    core.head_chunk_tokens = head_chunk_tokens(config)
     return core

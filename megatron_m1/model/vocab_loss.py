@@ -8,10 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["default_chunk_tokens", "logit_logprobs", "token_logprobs", "vocab_parallel_nll"]
-
-_CHUNK_BYTES = 2**31
-"""Largest logits of a chunk where the configuration gives no chunk. A million tokens over CP16 and TP8 of M1 make 6.1 GiB."""
+__all__ = ["logit_logprobs", "vocab_parallel_nll"]
 
 
 def vocab_parallel_nll(
@@ -21,14 +18,14 @@ def vocab_parallel_nll(
     *,
     group: dist.ProcessGroup | None,
     sequence_parallel: bool,
-    chunk_tokens: int | None = None,
+    chunk_tokens: int,
 ) -> Tensor:
     """Negative log-likelihood [b, s] of `labels` in nats and weight's dtype, without the logits of more than `chunk_tokens` tokens.
 
     hidden: [s, b, h], or [s / size, b, h] with sequence_parallel; any float type.  weight: [V / size, h], this rank's rows of the
     head.  labels: [b, s] int64.  group: the tensor-parallel ranks that hold the other rows; None for one rank.
-    chunk_tokens: at most so many tokens (of all sequences, at least one of each rank's shard) have logits at the same time; None:
-    what fits in 2 GiB.
+    chunk_tokens: at most so many tokens (of all sequences, at least one of each rank's shard) have logits at the same time. Those of
+    a million tokens over CP16 and TP8 of M1 would fill 6.1 GiB.
 
     Gradients reach hidden and weight, whatever per-token gradient arrives. A single chunk keeps its probabilities for them. With
     more, the backward pass computes the logits of each chunk again, a fourth matrix product on top of three: taking the gradients
@@ -39,38 +36,16 @@ def vocab_parallel_nll(
     """
     batch, length = labels.shape
     shards = group.size() if sequence_parallel and group is not None else 1
-    chunk_tokens = default_chunk_tokens(weight) if chunk_tokens is None else chunk_tokens
     rows_per_chunk = max(1, chunk_tokens // (shards * batch))
     shard_labels = labels.t().reshape(shards, length // shards, batch)
     nll = _VocabParallelNLL.apply(hidden, weight, shard_labels, group, rows_per_chunk)
     return nll.view(length, batch).t().contiguous()
 
 
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    *,
-    group: dist.ProcessGroup | None,
-    sequence_parallel: bool,
-    chunk_tokens: int | None = None,
-) -> Tensor:
-    """Log-probability [b, s] in nats of `tokens` [b, s], without gradients; arguments as in `vocab_parallel_nll`."""
-    with torch.no_grad():
-        return -vocab_parallel_nll(
-            hidden, weight, tokens, group=group, sequence_parallel=sequence_parallel, chunk_tokens=chunk_tokens
-        )
-
-
 def logit_logprobs(logits: Tensor, tokens: Tensor, *, group: dist.ProcessGroup | None) -> Tensor:
     """Log-probability [n] in nats of `tokens` [n] under `logits` [n, V / size], which are overwritten: the arithmetic of the loss."""
     _, total, chosen = _softmax_statistics_(logits, tokens, group)
     return chosen - total.log()
-
-
-def default_chunk_tokens(weight: Tensor) -> int:
-    """Tokens whose logits from `weight` [rows, h] fill 2 GiB."""
-    return max(1, _CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
 
 
 class _VocabParallelNLL(torch.autograd.Function):

@@ -21,11 +21,10 @@ def reference(rank_pool) -> RankResult:
     [
         (1, {}),
         (2, {"tensor": 2}),
-        (2, {"tensor": 2, "sequence": False}),
         (2, {"pipeline": 2, "virtual_pipeline": 2}),
         (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
     ],
-    ids=["one rank", "TP2+SP", "TP2 without SP", "PP2, VPP2", "DP2, overlapped"],
+    ids=["one rank", "TP2+SP", "PP2, VPP2", "DP2, overlapped"],
 )
 def test_chunks_in_every_layout_equal_one_rank(world, parallel, ranks, reference):
     config = equality_config(parallel, {"head_chunk_tokens": CHUNK_TOKENS})
@@ -48,8 +47,8 @@ def _score(rank, world, config) -> tuple[list[torch.Tensor], float]:
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [(2, {"tensor": 2}), (2, {"pipeline": 2}), (4, {"context": 2, "pipeline": 2})],
-    ids=["TP2+SP", "PP2", "CP2xPP2"],
+    [(2, {"tensor": 2}), (4, {"context": 2, "pipeline": 2})],
+    ids=["TP2+SP", "CP2xPP2"],
 )
 def test_scores_are_those_of_one_rank_on_every_rank(world, parallel, ranks):
     ((expected, rest),) = ranks(1, _score, equality_config({}, {}))

@@ -1,6 +1,7 @@
 import pytest
 
 from megatron_m1.config import Config, load_config
+from megatron_m1.config.layout import head_chunk_tokens
 from megatron_m1.engine.memory import estimate_memory, head_chunks, stage_layers
 
 GIB = 2**30
@@ -38,6 +39,7 @@ def test_the_layout_table_at_a_million_tokens(world_size, context, state, total)
 
 def test_logits_of_one_chunk():
     config = load_config(["--parallel.tensor=8", "--training.seq_length=65536"])
+    assert head_chunk_tokens(config) == 21467
     rows, hidden = 200064 // 8, 6144
     assert head_chunks(config) == 4  # 2**31 / (4 * 25008) = 21467 tokens at most
     assert estimate_memory(config, 8)[0].logits == 4 * (16384 * (rows + 2 * hidden) + rows * hidden)
