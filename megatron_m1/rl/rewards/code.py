@@ -1,0 +1,81 @@
+"""Code reward: hidden tests in the sandbox. The expected results never enter it."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from megatron_m1.rl.rewards.extract import after_thinking
+from megatron_m1.rl.rewards.protocol import RewardRequest, Score
+from megatron_m1.rl.rewards.sandbox import Sandbox, SandboxLimits
+
+__all__ = ["CodeReward", "last_code_block"]
+
+BLOCK = re.compile(r"^```(?:python|py|python3)?[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL | re.IGNORECASE)
+
+
+class CodeReward:
+    """1 if the last code block after the thinking part passes all of task["tests"], else 0.
+
+    A test is {"stdin": text, "stdout": text} (compared line by line, without trailing white space) or {"function": name,
+    "arguments": [...], "expected": value} (compared as JSON values, so tuples are lists). Each runs in a sandbox of its
+    own that holds the program and this one input; results are compared out here, where the program cannot read or change
+    them. The first test that fails ends the run. limits: see SandboxLimits, per test.
+    Raises SandboxUnavailable when made on a machine without a sandbox. A run that the sandbox fails is a reward_error.
+    """
+
+    def __init__(self, *, limits: Mapping[str, float] | None = None, python: str | None = None) -> None:
+        known = {field.name: field.type for field in fields(SandboxLimits)}
+        unknown = set(limits or {}) - set(known)
+        if unknown:
+            raise ValueError(f"limits={sorted(unknown)} must be among {sorted(known)}.")
+        self.sandbox = Sandbox(SandboxLimits(**(limits or {})), python=python)  # type: ignore[arg-type]
+
+    def __call__(self, request: RewardRequest) -> Score:
+        """The verdict; parts: whether there was code, the share of tests passed before the first that failed."""
+        tests = request.task["tests"]
+        if not tests:
+            raise ValueError("a code task needs at least one test")
+        text = after_thinking(request.response)
+        source = None if text is None else last_code_block(text)
+        if source is None:
+            return Score(0.0, {"code": 0.0, "passed_share": 0.0})
+        passed = 0
+        for test in tests:
+            if not self._passes(source, test):
+                break
+            passed += 1
+        return Score(float(passed == len(tests)), {"code": 1.0, "passed_share": passed / len(tests)})
+
+    def _passes(self, source: str, test: Mapping[str, Any]) -> bool:
+        function = test.get("function")
+        stdin = test["stdin"] if function is None else json.dumps(test["arguments"])
+        outcome = self.sandbox.run(source, stdin=stdin.encode(), function=function)
+        if outcome.ended != "exit" or outcome.exit_code != 0:
+            return False
+        if function is None:
+            return _lines(outcome.stdout.decode(errors="replace")) == _lines(test["stdout"])
+        try:
+            return _same(json.loads(outcome.stdout), json.loads(json.dumps(test["expected"])))
+        except (ValueError, RecursionError):
+            return False
+
+
+def last_code_block(text: str) -> str | None:
+    """Content of the last whole ``` block that is Python or names no language; None without one."""
+    blocks = BLOCK.findall(text)
+    return blocks[-1] if blocks else None
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal JSON values; unlike Python's ==, true is not 1."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
