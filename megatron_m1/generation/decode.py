@@ -29,6 +29,7 @@ def local_experts(groups: ProcessGroupCollection) -> bool:
     return groups.ep.size() == 1 and groups.expt_tp.size() in (1, groups.tp.size())
 
 
+@torch.inference_mode()
 def decode_stage(
     model: M1Model,
     tokens: Tensor,

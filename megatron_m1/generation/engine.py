@@ -70,12 +70,14 @@ class Engine:
         """(index, result) of the requests that fall to this replica, each as soon as it is complete.
 
         All ranks call it with the same requests and read it to its end: with experts spread over data-parallel ranks the others
-        wait for it.
+        wait for it, and until then the models stay in evaluation mode.
         """
         replicas = self.groups.dp_cp
         own = share_of_replica(requests, replicas.rank(), replicas.size())
-        with inference(self.models):
-            yield from _Batch(self, own).run()
+        batch = _Batch(self, own)
+        with inference(self.models), batch.recording():
+            while (ended := batch.step()) is not None:
+                yield from ended
 
 
 class _Batch:
@@ -97,29 +99,32 @@ class _Batch:
         """Prompts on their way through the model, in the slots behind `active`."""
         self.active: list[Running] = []
         """Requests with at least one token, by slot."""
+        self.finished = False
         self.slots = max(min(engine.slots, len(requests)), 1)
         self.cache = self._cache(engine, sorted((_capacity(r) for _, r in requests), reverse=True))
         self.routing = RoutingRecord(engine.models, groups) if engine.record_routing else None
 
-    def run(self) -> Iterator[tuple[int, Result]]:
-        """(index, result) of every request as it ends."""
-        with contextlib.ExitStack() as stack:
-            if self.routing is not None:
-                stack.enter_context(self.routing.listening())
-            while True:
-                if not self.prefilling:
-                    while self._start_from_prefix():
-                        yield from self._ended()
-                    self._admit()
-                prefill, decode = self._agree(bool(self.prefilling), bool(self.active))
-                if prefill:
-                    self._prefill()
-                elif decode:
-                    self._decode()
-                else:
-                    return
-                if not self.prefilling:
-                    yield from self._ended()
+    def recording(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which `step` records routing, if that was asked for."""
+        return contextlib.nullcontext() if self.routing is None else self.routing.listening()
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, Result]] | None:
+        """One pass: (index, result) of the requests that end with it; None when there is nothing left to do."""
+        if self.finished:
+            return None
+        ended: list[tuple[int, Result]] = []
+        if not self.prefilling:
+            while self._start_from_prefix():
+                ended += self._ended()
+            self._admit()
+        prefill, decode = self._agree(bool(self.prefilling), bool(self.active))
+        if prefill:
+            self._prefill()
+        elif decode:
+            self._decode()
+        self.finished = not prefill and not decode
+        return ended if self.prefilling else ended + self._ended()
 
     def _cache(self, engine: Engine, capacities: list[int]) -> HybridCache:
         m1, config = self.stages.config.m1, self.stages.config
@@ -267,8 +272,9 @@ class _Batch:
         logits = self.stages.run(ids, position_ids, self.cache, decode=decode, record=record)
         return None if logits is None else logits[0]
 
-    def _ended(self) -> Iterator[tuple[int, Result]]:
-        """Free the slots of the requests that are done."""
+    def _ended(self) -> list[tuple[int, Result]]:
+        """The requests that are done, whose slots are free now."""
+        ended = []
         for slot in reversed(range(len(self.active))):
             request = self.active[slot]
             if not request.done:
@@ -278,7 +284,8 @@ class _Batch:
             self.active.pop()
             if self.routing is not None:
                 request.result.routing = self.routing.assembled(request.routing)
-            yield request.index, request.result
+            ended.append((request.index, request.result))
+        return ended
 
 
 def _capacity(request: Request) -> int:

@@ -63,15 +63,16 @@ class Stages:
             return None
         return output.unsqueeze(0) if decode else output
 
-    def choose(self, logits: Tensor | None, requests: list[Running]) -> None:
+    def choose(self, logits: Tensor | None, requests: list[Running], *, row: int | None = None) -> None:
         """Every request takes its next token from its row of logits [m, V / TP] (given where the head is).
 
+        row: a single request takes that row, and its log-probability is computed with those of all rows, as training does.
         Raises FloatingPointError, naming the request, if a logit is not finite.
         """
         chosen = torch.empty(2, len(requests), dtype=torch.float64, device=self.device)
         if self.holds_head:
             assert logits is not None
-            self._choose(logits, requests, chosen)
+            self._choose(logits, requests, chosen, row)
         pp = self.groups.pp
         if pp.size() > 1:
             dist.broadcast(chosen, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
@@ -83,18 +84,19 @@ class Stages:
                 )
             request.take(int(token), logprob)
 
-    def _choose(self, logits: Tensor, requests: list[Running], chosen: Tensor) -> None:
+    def _choose(self, logits: Tensor, requests: list[Running], chosen: Tensor, row: int | None) -> None:
         tp = self.groups.tp
         numbers = torch.tensor([uniform(r.request.seed, r.length) for r in requests], dtype=torch.float64)
         finite = logits.isfinite().all(dim=-1).to(torch.int32)
         if tp.size() > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=tp)
         logits = logits.where(finite.bool().unsqueeze(-1), 0.0)
-        tokens = sample(logits, numbers.to(self.device), [r.request.sampling for r in requests], tp)
+        mine = slice(None) if row is None else slice(row, row + 1)
+        tokens = sample(logits[mine], numbers.to(self.device), [r.request.sampling for r in requests], tp)
         if self.logprob_temperature != 1.0:
             logits = logits / self.logprob_temperature
-        chosen[0] = torch.where(finite.bool(), tokens, -1)
-        chosen[1] = logit_logprobs(logits, tokens, group=tp)
+        chosen[0] = torch.where(finite.bool()[mine], tokens, -1)
+        chosen[1] = logit_logprobs(logits, tokens.expand(len(logits)), group=tp)[mine]
 
     def _receive(self, length: int) -> Tensor:
         pp, config = self.groups.pp, self.config
@@ -109,7 +111,7 @@ class Stages:
 
 @contextlib.contextmanager
 def inference(models: Sequence[M1Model]) -> Iterator[None]:
-    """Evaluation mode, no gradients and no sequence parallelism while the context is open; training's settings after it."""
+    """Evaluation mode and no sequence parallelism while the context is open; training's settings after it."""
     training = [model.training for model in models]
     changed: list[tuple[object, str, object]] = []
 
@@ -122,9 +124,7 @@ def inference(models: Sequence[M1Model]) -> Iterator[None]:
         for module in (module for model in models for module in model.modules()):
             if isinstance(module, ColumnParallelLinear | RowParallelLinear):
                 switch(module, "sequence_parallel", False)
-            elif isinstance(module, VocabParallelEmbedding):
-                switch(module, "reduce_scatter_embeddings", False)
-            elif isinstance(module, LanguageModelEmbedding):
+            elif isinstance(module, VocabParallelEmbedding | LanguageModelEmbedding):
                 switch(module, "reduce_scatter_embeddings", False)
             elif isinstance(module, M1Layer):
                 # Core's experts go on with distinct tokens on each tensor-parallel rank, which the layer now deals out.
@@ -132,8 +132,7 @@ def inference(models: Sequence[M1Model]) -> Iterator[None]:
     try:
         for model in models:
             model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, name, value in changed:
             setattr(module, name, value)

@@ -1,5 +1,8 @@
 """Routed experts as grouped matrix products, and the optional shared expert."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 import torch
 from m1_kernels import swiglu
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -12,7 +15,10 @@ from torch.nn.functional import grouped_mm, silu
 from megatron_m1.model.lightning import column_linear, row_linear
 from megatron_m1.model.transformer_config import M1TransformerConfig
 
-__all__ = ["GroupedExperts", "SharedExpert"]
+__all__ = ["GroupedExperts", "SharedExpert", "exact_experts"]
+
+EXACT_ROWS = 8
+"""In fp32 on CPU a row of a product of 4 or more rows has the same bits whatever the other rows; of 1 to 3 it has others."""
 
 
 class GroupedExperts(MegatronModule):
@@ -36,6 +42,7 @@ class GroupedExperts(MegatronModule):
         self.ep_group, self.etp_group = pg_collection.ep, pg_collection.expt_tp
         self.expert_dp_group = pg_collection.expt_dp
         self.num_local_experts = num_local_experts
+        self.exact = False
         hidden, width = config.m1.hidden_size, config.m1.intermediate_size // self.etp_group.size()
         device = torch.get_default_device()
         make = {"dtype": config.params_dtype, "device": device}
@@ -49,8 +56,25 @@ class GroupedExperts(MegatronModule):
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         ends = torch.cumsum(tokens_per_expert, dim=0, dtype=torch.int32).to(tokens.device)
+        if self.exact:
+            return self._exact(tokens, ends, probs), None
+        return self._product(tokens, ends, probs), None
+
+    def _exact(self, tokens: Tensor, ends: Tensor, probs: Tensor) -> Tensor:
+        """Each group padded with zeros to a multiple of EXACT_ROWS, so that no row's bits depend on the size of its group."""
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        padded_ends = ((counts + EXACT_ROWS - 1) // EXACT_ROWS * EXACT_ROWS).cumsum(0, dtype=torch.int32)
+        shift = torch.cat([padded_ends.new_zeros(1), padded_ends[:-1]]) - (ends - counts)
+        row = torch.arange(len(tokens), device=tokens.device)
+        place = row + shift[torch.searchsorted(ends, row.to(ends.dtype), right=True)]
+        rows = (-(-len(tokens) // EXACT_ROWS) + self.num_local_experts) * EXACT_ROWS
+        padded_ends[-1] = rows
+        spread = [x.new_zeros(rows, *x.shape[1:]).index_copy(0, place, x) for x in (tokens, probs)]
+        return self._product(spread[0], padded_ends, spread[1]).index_select(0, place)
+
+    def _product(self, tokens: Tensor, ends: Tensor, probs: Tensor) -> Tensor:
         gate_up = grouped_mm(tokens, self.fc1.flatten(1, 2).transpose(1, 2), offs=ends)
-        return grouped_mm(swiglu(gate_up, probs), self.fc2.transpose(1, 2), offs=ends), None
+        return grouped_mm(swiglu(gate_up, probs), self.fc2.transpose(1, 2), offs=ends)
 
     def backward_dw(self) -> None:
         """Part of core's interface for delayed weight gradients, which these experts do not use."""
@@ -67,6 +91,20 @@ class GroupedExperts(MegatronModule):
             )
             for key, axis in axes.items()
         }
+
+
+@contextlib.contextmanager
+def exact_experts(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Every token's output of the routed experts has, in fp32 on CPU, the same bits whatever tokens go with it, while the context is
+    open; forward and backward cost up to EXACT_ROWS rows more per expert."""
+    experts = [module for model in models for module in model.modules() if isinstance(module, GroupedExperts)]
+    for module in experts:
+        module.exact = True
+    try:
+        yield
+    finally:
+        for module in experts:
+            module.exact = False
 
 
 class SharedExpert(MegatronModule):

@@ -20,7 +20,9 @@ from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.schema import MoEConfig, ParallelConfig, TrainingConfig
 from megatron_m1.engine.trainer import Trainer
 from megatron_m1.generation.engine import Engine
+from megatron_m1.generation.reference import ReferenceEngine
 from megatron_m1.generation.requests import Request, Result, Sampling, request_seed
+from megatron_m1.model import experts
 from megatron_m1.model.build import build_model, routers
 from megatron_m1.parallel import init_groups
 
@@ -293,9 +295,54 @@ def test_routing_is_that_of_training(ranks, groups_alone, world, parallel):
     options = {"slots": 3, "prefill_tokens": 64, "record_routing": True}
     results = ranks(world, complete, parallel, requests, options)[0]
     [want] = ranks(1, routing_of_training, requests, results)
-    for result, experts in zip(results, want, strict=True):
+    for result, chosen in zip(results, want, strict=True):
         assert result.routing.dtype == torch.int16
-        assert torch.equal(result.routing.sort(dim=-1).values.long(), experts)
+        assert torch.equal(result.routing.sort(dim=-1).values.long(), chosen)
+
+
+REFERENCE_TOKENS = 64
+
+
+def generate_reference(
+    rank: int, world: int, parallel: dict[str, int], requests: list[Request], exact: bool
+) -> tuple[list[Result], list[torch.Tensor]]:
+    """Reference results, and what training's forward pass with gradients gives their tokens, in the same layout."""
+    config = config_of(parallel)
+    groups = init_groups(config.parallel, seed=1)
+    models = build_model(config, groups)
+    if not exact:
+        experts.EXACT_ROWS = 1
+    results = ReferenceEngine(models, groups, tokens=REFERENCE_TOKENS, record_routing=True).generate(requests)
+    scores = []
+    models[0].train()
+    with experts.exact_experts(models):
+        for request, result in zip(requests, results, strict=True):
+            sequence = torch.tensor([[*request.prompt, *result.tokens]])
+            padded = torch.nn.functional.pad(sequence, (0, REFERENCE_TOKENS + 1 - sequence.shape[1]), value=9)
+            positions = torch.arange(REFERENCE_TOKENS)[None]
+            nll = models[0](padded[:, :-1], positions, labels=padded[:, 1:])
+            assert nll.requires_grad
+            scores.append(-nll[0, len(request.prompt) - 1 : sequence.shape[1] - 1].detach())
+    experts.EXACT_ROWS = 8
+    return results, scores
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"tensor": 2}), (2, {"expert": 2})])
+def test_reference_generation_has_the_bits_of_training(ranks, alone, world, parallel):
+    """What follows a token in training (its own continuation, other padding) and the gradients change no bit."""
+    requests = requests_of(PROMPTS[:3], replace(DRAWN, max_new_tokens=8))
+    for results, scores in ranks(world, generate_reference, parallel, requests, True):
+        for result, score, want in zip(results, scores, alone[DRAWN], strict=False):
+            assert torch.equal(torch.tensor(result.logprobs, dtype=torch.float64), score.double())
+            assert result.tokens == want.tokens[:8]
+            assert (score - torch.tensor(want.logprobs[:8])).abs().max() <= BOUND
+
+
+def test_reference_generation_needs_the_padded_experts(ranks):
+    requests = requests_of(PROMPTS[:3], replace(DRAWN, max_new_tokens=8))
+    [(results, scores)] = ranks(1, generate_reference, {}, requests, False)
+    pairs = zip(results, scores, strict=True)
+    assert any(torch.tensor(r.logprobs, dtype=torch.float64).ne(s.double()).any() for r, s in pairs)
 
 
 def complete_with_a_nan(rank: int, world: int, parallel: dict[str, int]) -> str:

@@ -1,0 +1,102 @@
+"""Reference generation: every token comes out of a whole training forward pass, so that training finds the same bits."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_m1.generation.requests import Request, Result, Running
+from megatron_m1.generation.routing import RoutingRecord
+from megatron_m1.generation.schedule import share_of_replica
+from megatron_m1.generation.stages import Stages, inference
+from megatron_m1.model.experts import exact_experts
+from megatron_m1.model.m1 import M1Model
+
+__all__ = ["ReferenceEngine"]
+
+
+class ReferenceEngine:
+    """`Engine` without a cache: each token costs a forward pass over [1, tokens], the sequence so far and then padding.
+
+    Its log-probabilities are, bit by bit, those of the training forward pass over [1, tokens] of the complete sequence, each
+    sequence in a row of its own, with gradients or without, in the same layout, in fp32 on CPU with one thread, both under
+    `exact_experts`: every product then has the same shape in both, the rows of a product do not read one another, attention and
+    states look back only, and the groups of the experts, the only shapes that later tokens change, are padded to where
+    their rows no longer depend on the group's size. Neither batch composition nor the other replicas enter.
+    """
+
+    def __init__(
+        self,
+        models: M1Model | Sequence[M1Model],
+        groups: ProcessGroupCollection,
+        *,
+        tokens: int,
+        record_routing: bool = False,
+        logprob_temperature: float = 1.0,
+    ) -> None:
+        """tokens: length of every pass, a multiple of 64; no request may grow longer. The rest as in `Engine`."""
+        assert tokens % 64 == 0 and tokens > 0
+        self.models = [models] if isinstance(models, M1Model) else list(models)
+        self.groups, self.tokens, self.record_routing = groups, tokens, record_routing
+        self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature)
+        self.lock_step = groups.tp.size() % groups.tp_ep.size() != 0
+
+    def generate(self, requests: list[Request]) -> list[Result]:
+        """As `Engine.generate`. Raises ValueError for a request that may outgrow `tokens`."""
+        own = dict(self.stream(requests))
+        replicas = self.groups.dp_cp
+        shares: list[dict[int, Result]] = [{} for _ in range(replicas.size())]
+        dist.all_gather_object(shares, own, group=replicas)
+        results = {index: result for share in shares for index, result in share.items()}
+        return [results[index] for index in range(len(requests))]
+
+    def stream(self, requests: list[Request]) -> Iterator[tuple[int, Result]]:
+        """As `Engine.stream`."""
+        for index, request in enumerate(requests):
+            if len(request.prompt) + request.sampling.max_new_tokens - 1 > self.tokens:
+                raise ValueError(
+                    f"request {index} may grow to {len(request.prompt)} + {request.sampling.max_new_tokens} tokens, which a pass "
+                    f"over {self.tokens} does not hold; raise `tokens`."
+                )
+        replicas = self.groups.dp_cp
+        waiting = [Running(*pair) for pair in share_of_replica(requests, replicas.rank(), replicas.size())]
+        routing = RoutingRecord(self.models, self.groups) if self.record_routing else None
+        listening = contextlib.nullcontext() if routing is None else routing.listening()
+        with inference(self.models), exact_experts(self.models), listening:
+            while self._any(bool(waiting)):
+                request = waiting[0] if waiting else None
+                self._token(request, routing)
+                if request is not None and request.done:
+                    waiting.pop(0)
+                    if routing is not None:
+                        request.result.routing = routing.assembled(request.routing)
+                    yield request.index, request.result
+
+    @torch.no_grad()
+    def _token(self, request: Running | None, routing: RoutingRecord | None) -> None:
+        """One pass; padding alone without a request."""
+        sequence = [] if request is None else [*request.request.prompt, *request.result.tokens]
+        ids = torch.zeros(1, self.tokens, dtype=torch.int64)
+        ids[0, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+        positions = torch.arange(self.tokens, device=self.stages.device)[None]
+        logits = self.stages.run(ids.to(self.stages.device), positions, None)
+        if request is None:
+            return
+        if routing is not None:
+            request.routing = [routing.take(len(sequence))]
+        self.stages.choose(None if logits is None else self._local(logits), [request], row=len(sequence) - 1)
+
+    def _local(self, logits: Tensor) -> Tensor:
+        tp = self.groups.tp
+        return logits[0].chunk(tp.size(), dim=-1)[tp.rank()]
+
+    def _any(self, work: bool) -> bool:
+        """Whether any of the replicas that share experts has a request left."""
+        if not self.lock_step:
+            return work
+        flag = torch.tensor([work], dtype=torch.int32, device=self.stages.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.dp_cp)
+        return bool(flag.item())
