@@ -6,8 +6,10 @@ from megatron_m1.config.errors import ConfigError
 
 __all__ = ["DEVICES", "Cluster"]
 
-# Rates of one Hopper GPU. "Measured" is on an H200, kernel by kernel; none is calibrated end to end. H100 and H800 have the same
-# tensor cores; what is bound by memory scales with its bandwidth.
+# Rates of one Hopper GPU. "Measured" is on an H200, kernel by kernel. H100 and H800 have the same tensor cores; what is bound by
+# memory scales with its bandwidth. Launches, waiting and unbalanced experts are not counted, and no whole step of the 456B model
+# was measured. The one step that was, examples/configs/single_gpu.yaml on an H100 with the torch path of lightning attention, ran
+# at 54,000 to 59,000 tokens/s where these terms give 140,000: take ratios between layouts from them, not durations.
 DENSE_TFLOPS = 700.0  # bf16 matrix products, measured 700-800
 GROUPED_TFLOPS = 600.0  # torch's grouped_mm at M1's expert shapes from 1024 rows an expert on, measured 600-666
 GROUPED_SMALL_TFLOPS = 410.0  # the same with 256 rows an expert, measured 410-450

@@ -59,9 +59,11 @@ class _VocabParallelNLL(torch.autograd.Function):
         spans = list(_spans(rows, rows_per_chunk))
         nll = torch.empty(labels.shape, dtype=weight.dtype, device=weight.device)
         log_sum = torch.empty_like(nll)
+        buffer = _buffer(labels, spans, weight)
         for span in spans:
             part = labels[:, span]
-            logits = _gather(hidden[span], shards, group).to(weight.dtype) @ weight.t()
+            x = _gather(hidden[span], shards, group).to(weight.dtype)
+            logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
             largest, total, chosen = _softmax_statistics_(logits, part.flatten(), group)
             nll[:, span] = (total.log() - chosen).view_as(part)
             log_sum[:, span] = (total.log() + largest).view_as(part)
@@ -77,12 +79,12 @@ class _VocabParallelNLL(torch.autograd.Function):
         shards = labels.shape[0]
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        buffer = probabilities if probabilities is not None else _buffer(labels, ctx.spans, weight)
         for span in ctx.spans:
             x = _gather(hidden[span], shards, ctx.group).to(weight.dtype)
+            grad_logits = buffer[: len(x)]
             if probabilities is None:
-                grad_logits = (x @ weight.t()).sub_(log_sum[:, span].flatten().unsqueeze(-1)).exp_()
-            else:
-                grad_logits = probabilities
+                torch.mm(x, weight.t(), out=grad_logits).sub_(log_sum[:, span].reshape(-1, 1)).exp_()
             local, is_local = _local_index(labels[:, span].flatten(), weight.shape[0], ctx.group)
             grad_logits[torch.arange(len(local), device=local.device), local] -= is_local.to(weight.dtype)
             grad_logits.mul_(grad_nll[:, span].reshape(-1, 1))
@@ -98,6 +100,11 @@ def _spans(rows: int, rows_per_chunk: int) -> Iterator[slice]:
     count = -(-rows // rows_per_chunk)
     length = -(-rows // count)
     return (slice(start, min(start + length, rows)) for start in range(0, rows, length))
+
+
+def _buffer(labels: Tensor, spans: list[slice], weight: Tensor) -> Tensor:
+    """Room for the logits of the first span, the longest."""
+    return weight.new_empty(labels[:, spans[0]].numel(), len(weight))
 
 
 def _softmax_statistics_(

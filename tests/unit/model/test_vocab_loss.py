@@ -92,28 +92,35 @@ def test_a_frozen_input_takes_no_gradient(frozen):
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
+    """Elements of the largest tensor that any operation returned, and how many pieces of memory held one of that size."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.elements, self.storages = 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+            if tensor.numel() > self.elements:
+                self.elements, self.storages = tensor.numel(), set()
+            if tensor.numel() == self.elements:
+                self.storages.add(tensor.untyped_storage().data_ptr())
         return out
 
 
 def test_no_tensor_holds_the_logits_of_more_than_a_chunk():
-    length, vocab, chunk_tokens = 96, 512, 8
+    length, vocab, chunk_tokens = 96, 512, 16
     hidden = torch.randn(length, 1, HIDDEN, requires_grad=True)
     weight = torch.randn(vocab, HIDDEN, requires_grad=True)
     labels = torch.zeros(1, length, dtype=torch.int64)
-    sizes = {}
+    sizes, places = {}, {}
     for name, tokens in (("chunks", chunk_tokens), ("whole", length)):
         with Largest() as largest:
             vocab_parallel_nll(
                 hidden, weight, labels, group=None, sequence_parallel=False, chunk_tokens=tokens
             ).sum().backward()
-        sizes[name] = largest.elements
+        sizes[name], places[name] = largest.elements, len(largest.storages)
+    assert places["chunks"] <= 2 and places["whole"] == 1  # one in each pass; the single chunk is kept between them
     assert sizes == {"chunks": chunk_tokens * vocab, "whole": length * vocab}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -123,7 +130,7 @@ def test_no_tensor_holds_the_logits_of_more_than_a_chunk():
         scores = -vocab_parallel_nll(
             hidden, weight, labels, group=None, sequence_parallel=False, chunk_tokens=chunk_tokens
         )
-    assert largest.elements == chunk_tokens * vocab
+    assert (largest.elements, len(largest.storages)) == (chunk_tokens * vocab, 1)
     expected = torch.log_softmax(hidden @ weight.t(), dim=-1).transpose(0, 1)[:, :, 0]
     assert torch.allclose(scores, expected, atol=1e-5)
 
