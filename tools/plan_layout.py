@@ -2,6 +2,7 @@
 
 python tools/plan_layout.py --gpus 512 --device H800 --seq-length 1048576 --global-batch-tokens 134217728
 python tools/plan_layout.py --gpus 256 --seq-length 32768 --layout 8/8/1/8/1/1     # one layout in detail, or why it fails
+python tools/plan_layout.py --config A.yaml --gpus 256 --layout config             # where time and memory of a preset go
 python tools/plan_layout.py --flops-curve                                         # against DeepSeek-R1
 Layouts are written TP/PP/CP/EP/ETP/VPP. Further options are configuration keys (--training.grad_reduce_dtype bf16); --config
 gives the model and everything else that is not searched. CPU only. The rates behind the times are constants of
@@ -18,11 +19,11 @@ from megatron_m1.config import Config, ConfigError, load_config
 from megatron_m1.config.schema import ParallelConfig
 from megatron_m1.engine.cluster import DEVICES, Cluster
 from megatron_m1.engine.flops import count_parameters, decode_flops
-from megatron_m1.engine.memory import stage_layers
+from megatron_m1.engine.memory import estimate_memory, stage_layers
 from megatron_m1.engine.step_time import stage_balance
 from megatron_m1.planning import Plan, Refusal, Search, plan_layout, search
 from megatron_m1.planning.generation_flops import flops_curve, r1_decode_flops, r1_multiplied_parameters
-from megatron_m1.planning.search import RESERVE_GIB, layout_name, needed_gib
+from megatron_m1.planning.search import RESERVE_GIB, layout_name, needed_gib, recompute_variants
 
 GIB = 2**30
 CURVE_LENGTHS = [8192, 16384, 32768, 65536, 80000, 100_000, 131_072]
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-length", type=int, help="training.seq_length")
     parser.add_argument("--global-batch-tokens", type=int, help="tokens of an optimizer step; default 134217728")
     parser.add_argument("--reserve-gib", type=float, default=RESERVE_GIB, help="left free on each GPU")
-    parser.add_argument("--layout", help="TP/PP/CP/EP/ETP/VPP: show this one alone")
+    parser.add_argument("--layout", help="TP/PP/CP/EP/ETP/VPP, or `config` for the configuration's own: this one alone")
     parser.add_argument("--top", type=int, default=10, help="layouts to show")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
@@ -81,7 +82,8 @@ def read(options: argparse.Namespace, rest: list[str]) -> tuple[Cluster, Config]
     cluster = dataclasses.replace(DEVICES[options.device], **given)
     config = load_config(rest)
     length = options.seq_length or config.training.seq_length
-    tokens = options.global_batch_tokens or 2**27
+    own = config.training.global_batch * config.training.seq_length
+    tokens = options.global_batch_tokens or (own if options.layout == "config" else 2**27)
     if length < 1 or tokens % length:
         raise ConfigError(
             f"--global-batch-tokens={tokens} must be a multiple of --seq-length={length}; "
@@ -92,11 +94,13 @@ def read(options: argparse.Namespace, rest: list[str]) -> tuple[Cluster, Config]
 
 
 def parse_layout(text: str, config: Config) -> ParallelConfig:
-    """TP/PP/CP/EP/ETP/VPP as a ParallelConfig. Raises ConfigError."""
+    """TP/PP/CP/EP/ETP/VPP as a ParallelConfig; `config`: the configuration's own. Raises ConfigError."""
+    if text == "config":
+        return config.parallel
     names = ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline")
     sizes = text.split("/")
     if len(sizes) != len(names) or not all(size.isdecimal() and int(size) for size in sizes):
-        raise ConfigError(f"--layout={text} must be six sizes TP/PP/CP/EP/ETP/VPP, such as 8/8/1/8/1/1.")
+        raise ConfigError(f"--layout={text} must be six sizes TP/PP/CP/EP/ETP/VPP, such as 8/8/1/8/1/1, or config.")
     chosen = dataclasses.replace(config.parallel, sequence=None)
     for name, size in zip(names, sizes):
         setattr(chosen, name, int(size))
@@ -150,6 +154,10 @@ def detail(plan: Plan, cluster: Cluster) -> str:
     lines.append(
         f"with a fifth more activations {needed_gib(config, cluster):.1f} of {cluster.memory_gib:g} GiB, the rest in reserve"
     )
+    modes = (
+        f"{recompute(variant)} {activations(variant, cluster) / GIB:.1f}" for variant in recompute_variants(config)
+    )
+    lines.append(f"activations of the fullest stage by what is recomputed: {'; '.join(modes)}")
     lines += ["", f"{'seconds':>10s}"]
     lines += [
         f"{seconds:10.2f}  {name:12s} {seconds / plan.time.total:6.1%}" for name, seconds in vars(plan.time).items()
@@ -157,7 +165,12 @@ def detail(plan: Plan, cluster: Cluster) -> str:
     return "\n".join(lines)
 
 
+def activations(config: Config, cluster: Cluster) -> float:
+    return max(estimate.activations for estimate in estimate_memory(config, cluster.gpus))
+
+
 def recompute(config: Config) -> str:
+    """What is recomputed, in words."""
     training = config.training
     return ", ".join(training.recompute_modules) if training.recompute == "selective" else training.recompute
 
@@ -168,6 +181,7 @@ def plan_json(plan: Plan, cluster: Cluster) -> dict:
         "parallel": dataclasses.asdict(plan.config.parallel),
         "recompute": recompute(plan.config),
         "needed_gib": needed_gib(plan.config, cluster),
+        "activation_bytes": {recompute(v): activations(v, cluster) for v in recompute_variants(plan.config)},
         "memory_bytes_by_stage": [dataclasses.asdict(estimate) for estimate in plan.memory],
         "seconds": dataclasses.asdict(plan.time) | {"total": plan.time.total},
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,

@@ -105,7 +105,7 @@ def plan_layout(
     except ConfigError as error:
         reason = str(error).splitlines()[0]
         return Refusal(parallel, reason.split("=", 1)[0], reason)
-    variants, room = _variants(config), cluster.memory_gib - reserve_gib
+    variants, room = recompute_variants(config), cluster.memory_gib - reserve_gib
     state = max(estimate.state for estimate in estimate_memory(config, cluster.gpus)) / _GIB
     fitting = [variant for variant in variants if needed_gib(variant, cluster) <= room] if state <= room else []
     if not fitting:
@@ -131,6 +131,14 @@ def layout_name(parallel: ParallelConfig) -> str:
     return "/".join(map(str, (*sizes, parallel.virtual_pipeline)))
 
 
+def recompute_variants(config: Config) -> list[Config]:
+    """The configuration with every kind of recomputation: none, core_attn, core_attn and moe, full."""
+    return [
+        replace(config, training=replace(config.training, recompute=mode, recompute_modules=modules))  # type: ignore[arg-type]
+        for mode, modules in _RECOMPUTE
+    ]
+
+
 def _candidates(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
     model, gpus, length = config.model, cluster.gpus, config.training.seq_length
     for tensor in _divisors(cluster.gpus_per_node):
@@ -153,14 +161,6 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
                                 expert=expert,
                                 expert_tensor=expert_tensor,
                             )
-
-
-def _variants(config: Config) -> list[Config]:
-    """The configuration with every kind of recomputation."""
-    return [
-        replace(config, training=replace(config.training, recompute=mode, recompute_modules=modules))  # type: ignore[arg-type]
-        for mode, modules in _RECOMPUTE
-    ]
 
 
 def _with_margin(estimate: MemoryEstimate) -> float:

@@ -33,6 +33,14 @@ def test_one_layout_of_the_released_model_in_detail():
     done = plan(*layout, "--training.grad_reduce_dtype", "bf16")
     assert done.returncode == 0 and done.stdout.startswith("8/8/1/8/1/1, recompute full: "), done.stderr
     assert "stage 7     2 " in done.stdout and "balance of the stages' arithmetic without the head: 99%" in done.stdout
+    own = plan(
+        *("--config", "examples/configs/m1_456b.yaml", "--config", "examples/configs/m1_456b_1m_512gpu.yaml"),
+        *("--gpus", "512", "--layout", "config", "--json"),
+    )
+    (found,) = json.loads(own.stdout)
+    assert found["layout"] == "8/2/32/32/1/5" and found["recompute"] == "full"
+    modes = list(found["activation_bytes"].values())
+    assert len(modes) == 4 and modes == sorted(modes, reverse=True)
     refused = plan("--gpus", "64", *layout[2:])
     assert refused.returncode == 1 and "needs" in refused.stdout and "above the 79.6 GiB of a GPU" in refused.stdout
 
