@@ -1,25 +1,26 @@
 """Time lightning attention's torch path on the CPU: `python -m m1_kernels.benchmark_cpu --help`.
 
 Against a block loop as in transformers' MiniMax (blocks of 256 tokens, plain autograd) and, for scale, causal
-scaled_dot_product_attention; float32, from a packed qkv, forward without gradients and forward + backward. Best of
-`--repeats`, the implementations taking turns, so that their ratio bears other load on the machine. The floor is the
-matrix products of the chunked algorithm, 4CD + 4D^2 flops per token and head forward and 12CD + 10D^2 backward, at the
-rate of a large square product in this run. Writes kernels/results/lightning_cpu.json.
+scaled_dot_product_attention up to 4096 tokens; float32, from a packed qkv, without and with its SiLU, forward without
+gradients and forward + backward. Best of `--repeats` (two, of calls that take seconds), the implementations taking
+turns, so that their ratio bears other load on the machine. The floor is the matrix products of the chunked algorithm,
+4CD + 4D^2 flops per token and head forward and 10CD + 10D^2 backward, at the rate of a large square product in this run.
+Writes kernels/results/lightning_cpu.json.
 """
 
 import argparse
-import dataclasses
 import datetime
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from m1_kernels import benchmark_report as reports
 from m1_kernels.benchmark_peers import versions
 from m1_kernels.benchmark_report import OURS, Report, Row
-from m1_kernels.chunked import chunk_size
+from m1_kernels.chunked import chunk_size, lightning_attention_packed_chunked
 from m1_kernels.dispatch import lightning_attention
 from m1_kernels.slopes import slopes as layer_slopes
 from m1_kernels.softmax import softmax_attention
@@ -27,6 +28,9 @@ from m1_kernels.softmax import softmax_attention
 __all__ = ["block_loop", "block_tables", "main"]
 
 BLOCK = 256
+FLASH_MOST_TOKENS = 4096
+ENOUGH_S = 6.0  # after which the repeats of one row end
+Attention = Callable[[torch.Tensor], torch.Tensor]
 MEASURES = ("forward", "forward+backward")
 
 
@@ -64,35 +68,47 @@ def rows(tokens: int, heads: int, dim: int, repeats: int, ceilings: dict[str, fl
     tables = block_tables(decay)
     qkv = torch.randn(1, tokens, heads, 3 * dim)
     gradient = torch.randn(1, tokens, heads, dim)
-    implementations: dict[str, Callable[..., torch.Tensor]] = {
-        OURS: lambda q, k, v: lightning_attention(q, k, v, decay),
-        "block loop": lambda q, k, v: block_loop(q, k, v, tables),
-        "torch flash": lambda q, k, v: softmax_attention(q, k, v, scale=dim**-0.5),
+
+    def flash(qkv: torch.Tensor) -> torch.Tensor:
+        return softmax_attention(*parts(qkv), scale=dim**-0.5)
+
+    sections: dict[str, dict[str, Attention]] = {
+        "attention": {
+            OURS: lambda qkv: lightning_attention(*parts(qkv), decay),
+            "block loop": lambda qkv: block_loop(*parts(qkv), tables),
+            **({"torch flash": flash} if tokens <= FLASH_MOST_TOKENS else {}),
+        },
+        "SiLU and attention": {
+            OURS: lambda qkv: lightning_attention_packed_chunked(qkv, decay),
+            "block loop": lambda qkv: block_loop(*parts(torch.nn.functional.silu(qkv)), tables),
+        },
     }
     found = []
-    for measure in MEASURES:
-        calls = {name: call(measure, attention, qkv, gradient) for name, attention in implementations.items()}
-        best = best_times(calls, repeats)
-        floor = floor_flops(measure, tokens, heads, dim) / ceilings["matmul_flop_per_s"]
-        for name, seconds in best.items():
-            row = Row("lightning", measure, name, tokens, heads, dim, ms=1e3 * seconds, repeats=repeats)
-            found.append(row if name == "torch flash" else dataclasses.replace(row, floor_ms=1e3 * floor))
+    for section, implementations in sections.items():
+        for measure in MEASURES:
+            calls = {name: call(measure, attention, qkv, gradient) for name, attention in implementations.items()}
+            floor = floor_flops(measure, tokens, heads, dim) / ceilings["matmul_flop_per_s"]
+            for name, seconds in best_times(calls, repeats).items():
+                row = Row(section, measure, name, tokens, heads, dim, ms=1e3 * seconds, repeats=repeats)
+                found.append(row if name == "torch flash" else replace(row, floor_ms=1e3 * floor))
     return found
 
 
-def call(
-    measure: str, attention: Callable[..., torch.Tensor], qkv: torch.Tensor, gradient: torch.Tensor
-) -> Callable[[], None]:
+def parts(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v of the packed qkv."""
+    q, k, v = qkv.split(qkv.shape[-1] // 3, dim=-1)
+    return q, k, v
+
+
+def call(measure: str, attention: Attention, qkv: torch.Tensor, gradient: torch.Tensor) -> Callable[[], None]:
     """What is timed: from the packed qkv to o, or on to the gradient of qkv."""
-    dim = gradient.shape[-1]
 
     def forward() -> None:
         with torch.no_grad():
-            attention(*qkv.split(dim, dim=-1))
+            attention(qkv)
 
     def both() -> None:
-        leaf = qkv.detach().requires_grad_()
-        attention(*leaf.split(dim, dim=-1)).backward(gradient)
+        attention(qkv.detach().requires_grad_()).backward(gradient)
 
     return forward if measure == "forward" else both
 
@@ -100,16 +116,18 @@ def call(
 def floor_flops(measure: str, tokens: int, heads: int, dim: int) -> int:
     """Flops of the chunked algorithm's matrix products."""
     chunk = chunk_size(dim)
-    inside, across = (4, 4) if measure == "forward" else (4 + 12, 4 + 10)
+    inside, across = (4, 4) if measure == "forward" else (4 + 10, 4 + 10)
     return tokens * heads * (inside * chunk * dim + across * dim**2)
 
 
 def best_times(
     calls: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Least seconds of `repeats` runs of each call after one to warm up; the calls take turns."""
+    """Least seconds of each call, in turns: one to warm up, then `repeats`, or two if those take ENOUGH_S together."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
+    for turn in range(repeats + 1):
+        if turn > 2 and sum(map(sum, times.values())) > ENOUGH_S:
+            break
         for name, run in calls.items():
             start = clock()
             run()

@@ -122,7 +122,7 @@ def _block() -> Section:
             refusal=refusal,
         )
 
-    entries = [entry(OURS, peers.load(peers.own_block, "m1_kernels"))]
+    entries = [entry(OURS, peers.own_block)]
     for contender in peers.CONTENDERS:
         if not contender.exact or contender.requirement == "m1_kernels":
             continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from m1_kernels.benchmark_report import OURS
 from m1_kernels.decode import lightning_attention_step
-from m1_kernels.dispatch import IMPLEMENTATIONS, lightning_attention
+from m1_kernels.dispatch import lightning_attention, lightning_attention_packed
 from m1_kernels.pointwise import gated_rms_norm
 from m1_kernels.softmax import softmax_attention
 
@@ -68,34 +68,18 @@ class Contender:
 
 
 def _ours(strategy: str | None) -> Callable[[], Attention]:
-    def load() -> Attention:
-        if strategy is None:
-            return lambda q, k, v, slopes, documents: lightning_attention(
-                q, k, v, slopes, cu_seqlens=None if documents is None else documents.cu_seqlens
-            )
-        if "triton" not in IMPLEMENTATIONS:
-            raise ImportError("dispatch has no implementation 'triton'")
-        kernels = IMPLEMENTATIONS["triton"]
+    def attention(q, k, v, slopes, documents):
+        return lightning_attention(
+            q,
+            k,
+            v,
+            slopes,
+            cu_seqlens=None if documents is None else documents.cu_seqlens,
+            implementation="auto" if strategy is None else "triton",
+            strategy=strategy or "auto",
+        )
 
-        def attention(q, k, v, slopes, documents):
-            obstacle = kernels.obstacle(q)
-            if obstacle is not None:
-                raise ValueError(obstacle)
-            cu_seqlens = None if documents is None else documents.cu_seqlens
-            return kernels.run(
-                q,
-                k,
-                v,
-                slopes,
-                initial_state=None,
-                cu_seqlens=cu_seqlens,
-                return_final_state=False,
-                strategy=strategy,
-            )
-
-        return attention
-
-    return load
+    return lambda: attention
 
 
 def _fla() -> Attention:
@@ -183,22 +167,18 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+# (qkv [B, T, H, 3D] before SiLU, gate [B, T, H*D], norm weight [H*D], slopes or their negatives) -> the block's output
 Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def own_block() -> Block:
-    """(qkv [B, T, H, 3D] before SiLU, gate [B, T, H*D], norm weight [H*D], slopes) -> output of the block, our kernels."""
-    from m1_kernels import lightning_attention_packed
-
-    def block(qkv, gate, weight, slopes):
-        o = lightning_attention_packed(qkv, slopes, activation="silu").flatten(2)
-        return gated_rms_norm(o, gate, weight, NORM_EPS)
-
-    return block
+def own_block(qkv, gate, weight, slopes):
+    """Ours: SiLU inside the attention, norm and gate in one operator."""
+    o = lightning_attention_packed(qkv, slopes)
+    return gated_rms_norm(o.flatten(2), gate, weight, NORM_EPS)
 
 
 def peer_block(attention: Attention, heads_first: bool) -> Block:
-    """The same block around a peer's kernel, its other pieces in plain PyTorch."""
+    """The block around a peer's kernel, its other pieces in plain PyTorch."""
     kernel = torch.compiler.disable(attention)
 
     def block(qkv, gate, weight, slopes):

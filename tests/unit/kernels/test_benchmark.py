@@ -132,12 +132,14 @@ def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_section_measures_ours_and_finds_it_right(contenders) -> None:
     contenders()
-    report = run_bench("--sections", "forward", "backward", "packed", "decode", "--slots", "3", "--only", "ours")
+    report = run_bench("--sections", "forward", "backward", "block", "packed", "decode", "--slots", "3")
     measured = {(row.section, row.measure): row for row in report.rows if row.name == "ours"}
     assert set(measured) == {
         ("forward", "forward"),
         ("backward", "backward"),
         ("backward", "forward+backward"),
+        ("block", "forward"),
+        ("block", "forward+backward"),
         ("packed", "forward"),
         ("packed", "forward+backward"),
         ("decode", "step"),
