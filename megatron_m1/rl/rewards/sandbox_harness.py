@@ -1,30 +1,53 @@
-"""Runs inside the sandbox under any Python 3: takes the limits, gives up the last rights, then runs /solution.py.
+"""The first process of the sandbox, under any Python 3: takes the limits, gives up the last rights, runs /solution.py.
 
 Argument: {"limits": {RLIMIT name: value}, "uid": int or null, "ready_fd": int, "function": name or null}. With a function,
 standard input is the JSON list of its arguments and standard output its JSON result; what else it prints goes to stderr.
-Standard library only; nothing of megatron_m1 is in the sandbox.
+The program is a child: the kernel lets nothing inside signal this first process, nothing can look into it as it is not
+dumpable, and when it ends, all others are killed. Standard library only; nothing of megatron_m1 is in the sandbox.
 """
 
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
+    with open("/solution.py", encoding="utf-8") as file:
+        source = file.read()
+    libc = ctypes.CDLL(None)
     for name, value in options["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, value))
     if options["uid"] is not None:
         os.setgroups([])
         os.setresgid(options["uid"], options["uid"], options["uid"])
         os.setresuid(options["uid"], options["uid"], options["uid"])
-    with open("/solution.py", encoding="utf-8") as file:
-        source = file.read()
+    # The change of user cleared what bwrap's --die-with-parent had set.
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0 or libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError("prctl failed")
+    # With a handler (Python's for SIGINT) the first process could be signalled from inside.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    program = os.fork()
     os.write(options["ready_fd"], b"R")
     os.close(options["ready_fd"])
+    if program == 0:
+        run(source, options["function"])
+        return
+    while True:
+        pid, status = os.wait()
+        if pid == program:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
+
+
+def run(source: str, function: str | None) -> None:
     sys.argv = ["/solution.py"]
-    if options["function"] is None:
+    if function is None:
         exec(compile(source, "/solution.py", "exec"), {"__name__": "__main__"})
         return
     result_fd = os.dup(1)
@@ -32,7 +55,7 @@ def main() -> None:
     arguments = json.load(sys.stdin)
     scope = {"__name__": "solution"}
     exec(compile(source, "/solution.py", "exec"), scope)
-    result = json.dumps(scope[options["function"]](*arguments)).encode()
+    result = json.dumps(scope[function](*arguments)).encode()
     with os.fdopen(result_fd, "wb") as output:
         output.write(result)
 
