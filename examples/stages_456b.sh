@@ -20,6 +20,10 @@ if [[ "$STAGE" == context_* ]]; then
 fi
 CONFIG_ARGS=(--config examples/configs/m1_456b.yaml)
 if [[ -n "${LAYOUT:-}" ]]; then
+    if [[ ! -e "examples/configs/m1_456b_${LAYOUT}.yaml" ]]; then
+        echo "LAYOUT=$LAYOUT has no examples/configs/m1_456b_${LAYOUT}.yaml; write one from tools/plan_layout.py --gpus $WORLD_SIZE" >&2
+        exit 2
+    fi
     CONFIG_ARGS+=(--config "examples/configs/m1_456b_${LAYOUT}.yaml")
 fi
 # shellcheck disable=SC2034 # read by the scripts that source this

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_m1.config import from_yaml, load_config, validate
 from megatron_m1.engine.schedule import consumed_samples, learning_rate
@@ -97,6 +98,8 @@ def test_dry_run_refuses_a_world_that_does_not_divide():
     assert done.returncode == 2
     assert "world_size=24 must be a multiple of parallel.tensor*pipeline*context=8*8*1=64; start 64" in done.stderr
     assert run(["bash", "examples/pretrain_456b.sh"], STAGE="sft", DRY_RUN="1").returncode == 2
+    done = run(["bash", "examples/pretrain_456b.sh"], DRY_RUN="1", NNODES="48", STAGE="context_1m")
+    assert done.returncode == 2 and "LAYOUT=1m_384gpu has no examples/configs/m1_456b_1m_384gpu.yaml" in done.stderr
 
 
 def test_a_started_run_is_resumed_and_not_started_again(tmp_path):
@@ -184,6 +187,19 @@ def wait_for(log, word):
 @pytest.mark.parametrize("name, world_size", [("tiny_cpu", 1), ("tiny_cpu", 4), ("single_gpu", 1), ("acceptance", 8)])
 def test_presets_are_valid(name, world_size):
     validate(from_yaml(CONFIGS / f"{name}.yaml"), world_size)
+
+
+def test_the_twin_of_the_million_token_preset_turns_the_same_switches():
+    names = ("m1_456b_1m_512gpu", "tiny_cpu_1m")
+    preset, twin = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in names)
+    assert set(preset["parallel"]) == set(twin["parallel"])
+    assert set(preset["training"]) - {"grad_reduce_dtype"} <= set(
+        twin["training"]
+    )  # fp32 gradients need no word in fp32
+    files = [option for name in ("tiny_cpu", "tiny_cpu_1m") for option in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    config = load_config(files)
+    validate(config, 4)
+    assert config.training.head_chunk_tokens < config.training.seq_length // config.parallel.context
 
 
 def test_tiny_cpu_is_what_scripts_rely_on():
