@@ -155,9 +155,13 @@ def tables(report: Report) -> str:
         lines += ["", f"== {section}: {measure}, H={heads}, D={dim}; ms (share of the floor)"]
         lines += _grid(rows, unit, _time_cell, with_floor=True)
         ours = {row.tokens: row.ms for row in rows if row.name == OURS and row.ms is not None}
-        ratios = {row: row.ms / ours[row.tokens] for row in rows if row.name != OURS and row.ms and row.tokens in ours}
+        ratios = {
+            row: f"{row.ms / ours[row.tokens]:.2f}"
+            for row in rows
+            if row.name != OURS and row.ms and row.tokens in ours
+        }
         if ratios:
-            lines += ["-- time over ours", *_grid(list(ratios), unit, lambda row, r=ratios: f"{r[row]:.2f}")]
+            lines += ["-- time over ours", *_grid(list(ratios), unit, ratios.__getitem__)]
         if any(row.peak_gib is not None for row in rows):
             lines += ["-- peak memory, GiB", *_grid(rows, unit, lambda row: _number(row.peak_gib, ".2f"))]
         if any(row.error is not None for row in rows):

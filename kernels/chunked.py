@@ -141,9 +141,7 @@ class _Chunked(torch.autograd.Function):
                 if initial is not None:
                     final_state.copy_(initial)
             for group in _head_groups(heads, grid, q.device):
-                qs, ks, vs = (grid.gather(x[:, span, group], dtype) for x in (q, k, v))
-                if activate:
-                    qs, ks, vs = (_silu(x, q.dtype) for x in (qs, ks, vs))
+                qs, ks, vs = (grid.gather(x[:, span, group], dtype, activate=activate) for x in (q, k, v))
                 decays = _Decays.of(slopes[group], grid, dtype)
                 states = (_heads_of(x, group, dtype) for x in (initial, final_state))
                 _forward_heads(qs, ks, vs, decays, grid, o[:, span, group], *states)
@@ -169,17 +167,15 @@ class _Chunked(torch.autograd.Function):
                 if exit_grad is not None:
                     entry_grad.copy_(exit_grad)
             for group in _head_groups(q.shape[2], grid, q.device):
-                raw = [grid.gather(x[:, span, group], dtype) for x in (q, k, v)]
-                qkv = [_silu(x, q.dtype) for x in raw] if ctx.activate else raw
+                qkv = [x[:, span, group] for x in (q, k, v)]
+                chunks = [grid.gather(x, dtype, activate=ctx.activate) for x in qkv]
                 dos = grid.gather(do[:, span, group], dtype)
                 decays = _Decays.of(slopes[group], grid, dtype)
                 states = (_heads_of(x, group, dtype) for x in (initial, exit_grad))
                 dinitial = None if entry_grad is None else entry_grad[:, group]
-                found = _backward_heads(*qkv, dos, decays, grid, *states, dinitial)
-                for grad, x, out in zip(found, raw, _apart(grads), strict=True):
-                    if ctx.activate:
-                        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
-                    grid.scatter(grad, out[:, span, group])
+                found = _backward_heads(*chunks, dos, decays, grid, *states, dinitial)
+                for grad, x, out in zip(found, qkv, _apart(grads), strict=True):
+                    grid.scatter(grad, out[:, span, group], before=x if ctx.activate else None)
             exit_grad = entry_grad
         return None, exit_grad, None, None, None, *grads
 
@@ -288,11 +284,6 @@ def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _add_bmm_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
-
-
-def _silu(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """SiLU of x, a new tensor of its dtype with values of `dtype`."""
-    return torch.nn.functional.silu(x).to(dtype).to(x.dtype)
 
 
 def _heads_of(state: torch.Tensor | None, group: slice, dtype: torch.dtype) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import silu
 
 __all__ = ["ChunkGrid", "build_grid"]
 
@@ -30,28 +31,42 @@ class ChunkGrid:
     parent: torch.Tensor | None  # [N] place of each chunk's predecessor, see `entry`; None: the same place
     child: torch.Tensor | None  # [N] place of each chunk's successor, see `exit`; None: R places on
 
-    def gather(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """New contiguous [N, H, C, D] of `dtype` from x [B, T, H, D] of any strides; padding slots are zero."""
+    def gather(self, x: torch.Tensor, dtype: torch.dtype, *, activate: bool = False) -> torch.Tensor:
+        """New contiguous [N, H, C, D] of `dtype` from x [B, T, H, D] of any strides; padding slots are zero.
+
+        activate: from SiLU of x, rounded to the dtype of x.
+        """
         batch, _, heads, dim = x.shape
         grid = x.new_empty(self.size, heads, self.chunk, dim, dtype=dtype)
         if self.token_of is None:
             chunks = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
-            grid.view(-1, batch, heads, self.chunk, dim).copy_(chunks)
+            out = grid.view(-1, batch, heads, self.chunk, dim)
+            if activate and x.dtype == dtype:
+                torch.ops.aten.silu.out(chunks, out=out)
+            else:
+                out.copy_(silu(chunks) if activate else chunks)
             return grid
         rows = x.flatten(0, 1).index_select(0, self.token_of)
+        if activate:
+            rows = silu(rows, inplace=True)
         rows.index_fill_(0, self.padding, 0.0)
         return grid.copy_(rows.view(self.size, self.chunk, heads, dim).transpose(1, 2))
 
-    def scatter(self, grid: torch.Tensor, out: torch.Tensor) -> None:
-        """Write grid [N, H, C, D] to its tokens in out [B, T, H, D]; tokens outside all documents become zero."""
+    def scatter(self, grid: torch.Tensor, out: torch.Tensor, *, before: torch.Tensor | None = None) -> None:
+        """Write grid [N, H, C, D] to its tokens in out [B, T, H, D]; tokens outside all documents become zero.
+
+        before: the input of a SiLU of which grid holds the gradient; what is written is the gradient of that input.
+        """
         batch, _, heads, dim = out.shape
         if self.slot_of is None:
             chunks = grid.view(-1, batch, heads, self.chunk, dim).permute(1, 0, 3, 2, 4)
-            out.unflatten(1, (-1, self.chunk)).copy_(chunks)
+            out = out.unflatten(1, (-1, self.chunk))
+            before = None if before is None else before.unflatten(1, (-1, self.chunk))
+            _write(chunks, out, before)
             return
-        rows = grid.transpose(1, 2).reshape(-1, heads, dim).index_select(0, self.slot_of.clamp(min=0))
-        rows.masked_fill_((self.slot_of < 0)[:, None, None], 0.0)
-        out.copy_(rows.view_as(out))
+        rows = grid.transpose(1, 2).reshape(-1, heads, dim).index_select(0, self.slot_of.clamp(min=0)).view_as(out)
+        _write(rows, out, before)
+        out.masked_fill_((self.slot_of < 0).view(batch, -1, 1, 1), 0.0)
 
     def entry(self, states: torch.Tensor) -> torch.Tensor:
         """[N, ...], the state entering each chunk; states [R + N, ...]: entering each document, leaving each chunk."""
@@ -60,6 +75,15 @@ class ChunkGrid:
     def exit(self, grads: torch.Tensor) -> torch.Tensor:
         """[N, ...], for the state leaving each chunk; grads [N + R, ...]: entering each chunk, leaving each document."""
         return grads[len(self.order) :] if self.child is None else grads.index_select(0, self.child)
+
+
+def _write(x: torch.Tensor, out: torch.Tensor, before: torch.Tensor | None) -> None:
+    if before is None:
+        out.copy_(x)
+    elif out.dtype == x.dtype:
+        torch.ops.aten.silu_backward.grad_input(x, before, grad_input=out)
+    else:
+        out.copy_(torch.ops.aten.silu_backward(x, before.to(x.dtype)))
 
 
 def build_grid(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, chunk: int, device: torch.device) -> ChunkGrid:

@@ -249,6 +249,21 @@ def test_packed_projection_equals_its_parts(
         assert head_errors(actual, expected.double(), heads).max() <= bound
 
 
+def test_padding_of_a_packed_projection_is_never_read() -> None:
+    case = Case(tokens=C + 20, documents=(C, 7))
+    inputs = make_inputs(case)
+    gradients = []
+    for padding in (1.0, float("nan")):
+        qkv, do = inputs.qkv.clone(), inputs.do.clone()
+        qkv[:, C + 7 :] = do[:, C + 7 :] = padding
+        qkv.requires_grad_()
+        o = chunked.lightning_attention_packed_chunked(qkv, slopes(2, 0, 8), cu_seqlens=case.cu_seqlens)
+        o.backward(do)
+        assert torch.equal(o[:, C + 7 :], torch.zeros(1, 13, 2, 16))
+        gradients.append(qkv.grad)
+    assert torch.equal(*gradients) and not gradients[0][:, C + 7 :].any()
+
+
 def test_the_oracle_is_not_trivial() -> None:
     for name, expected in oracle(Case(tokens=C + 1)).items():
         assert expected.abs().mean() > 0.1, name
