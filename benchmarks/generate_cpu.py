@@ -17,8 +17,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def main() -> None:
     print(f"written: {arguments.output}")
 
 
-def seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, list[float]]]:
+def seconds(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Wall and CPU seconds of each call by round; the calls take turns, after one round that does not count."""
     times: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in calls}
     for number in range(rounds + 1):
@@ -158,14 +159,14 @@ def peers(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
         experts = {}
         for name in ("grouped_mm", "eager"):
             theirs.set_experts_implementation(name)
-            calls = {"theirs": lambda ids=ids: transformers_generate(theirs, ids, new, sample=True)}
+            calls = {"theirs": partial(transformers_generate, theirs, ids, new, sample=True)}
             experts[name] = min(seconds(calls, 1)["theirs"]["cpu_s"])
         theirs.set_experts_implementation(min(experts, key=experts.__getitem__))
         requests = ours.requests(prompts, [new] * batch)
         times = seconds(
             {
-                "ours": lambda requests=requests, batch=batch: ours.run(requests, batch),
-                "transformers": lambda ids=ids: transformers_generate(theirs, ids, new, sample=True),
+                "ours": partial(ours.run, requests, batch),
+                "transformers": partial(transformers_generate, theirs, ids, new, sample=True),
             },
             arguments.rounds,
         )
@@ -269,10 +270,7 @@ def context(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
     further = 32
     for length in arguments.contexts:
         prompts = random_prompts(4, length)
-        calls = {
-            str(new): lambda prompts=prompts, new=new: ours.run(ours.requests(prompts, [new] * 4), 4)
-            for new in (1, 1 + further)
-        }
+        calls = {str(new): partial(ours.run, ours.requests(prompts, [new] * 4), 4) for new in (1, 1 + further)}
         times = seconds(calls, arguments.rounds)
         best = [min(times[name]["cpu_s"]) for name in calls]
         out["step_ms"][length] = 1e3 * (best[1] - best[0]) / further

@@ -248,16 +248,16 @@ class HybridCache:
         # The query heads of a KV group stand where the queries of a sequence usually do.
         queries = q.unflatten(1, (keys.shape[2], -1))
         if now.tables is not None:
-            gathered = [
+            k, v = (
                 pool.index_select(0, now.tables).view(len(q), -1, *pool.shape[2:]).transpose(1, 2)
                 for pool in (keys, values)
-            ]
-            out = scaled_dot_product_attention(queries, *gathered, attn_mask=now.visible, scale=scale)
+            )
+            out = scaled_dot_product_attention(queries, k, v, attn_mask=now.visible, scale=scale)
             return out.flatten(1, 2)
         parts = []
         for slot in range(len(q)):
-            past = [self._past(pool, slot).transpose(0, 1)[None] for pool in (keys, values)]
-            parts.append(scaled_dot_product_attention(queries[slot : slot + 1], *past, scale=scale))
+            k, v = (self._past(pool, slot).transpose(0, 1)[None] for pool in (keys, values))
+            parts.append(scaled_dot_product_attention(queries[slot : slot + 1], k, v, scale=scale))
         return torch.cat(parts).flatten(1, 2)
 
     def _past(self, pool: Tensor, slot: int) -> Tensor:

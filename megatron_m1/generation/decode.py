@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.nn.functional import grouped_mm, linear, rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from megatron_m1.generation.cache import HybridCache
+from megatron_m1.generation.products import grouped_product, product
 from megatron_m1.model.lightning import LightningAttention
 from megatron_m1.model.m1 import M1Model
 from megatron_m1.model.softmax import SoftmaxAttention, apply_rotary, rotary_table
@@ -70,11 +71,11 @@ def decode_stage(
     if not model.post_process:
         return hidden.unsqueeze(1)
     hidden = _norm(cache.predicting(hidden), model.decoder.final_layernorm)
-    return linear(hidden.float(), model.output_layer.weight)
+    return product(hidden.float(), model.output_layer.weight)
 
 
 def _lightning(attention: LightningAttention, x: Tensor, cache: HybridCache, tp: dist.ProcessGroup) -> Tensor:
-    qkv = silu(linear(x, attention.qkv_proj.weight)).view(1, len(x), attention.local_heads, -1)
+    qkv = silu(product(x, attention.qkv_proj.weight)).view(1, len(x), attention.local_heads, -1)
     q, k, v = qkv.split(attention.head_dim, dim=-1)
     if attention.slopes.device != x.device:
         attention.slopes = attention.slopes.to(x.device)
@@ -82,20 +83,20 @@ def _lightning(attention: LightningAttention, x: Tensor, cache: HybridCache, tp:
     norm = attention.norm
     squares = _summed(out.float().square().sum(dim=-1, keepdim=True), tp)
     scale = squares.div_(norm.channels).add_(norm.eps).rsqrt_()
-    gate = linear(x, attention.output_gate.weight)
+    gate = product(x, attention.output_gate.weight)
     out = torch.sigmoid(gate.float()).mul_(out).mul_(scale).mul_(norm.weight).to(x.dtype)
-    return _summed(linear(out, attention.out_proj.weight), tp)
+    return _summed(product(out, attention.out_proj.weight), tp)
 
 
 def _softmax(
     attention: SoftmaxAttention, x: Tensor, cache: HybridCache, rotary: Tensor, tp: dist.ProcessGroup
 ) -> Tensor:
-    qkv = linear(x, attention.qkv_proj.weight)
+    qkv = product(x, attention.qkv_proj.weight)
     qkv = qkv.view(1, len(x), attention.local_groups, attention.queries_per_group + 2, attention.head_dim)
     q = apply_rotary(qkv[:, :, :, :-2].flatten(2, 3), rotary)
     k = apply_rotary(qkv[:, :, :, -2], rotary)
     out = cache.softmax(attention.layer_number, q, k, qkv[:, :, :, -1], scale=attention.head_dim**-0.5)
-    return _summed(linear(out.reshape(len(x), -1), attention.o_proj.weight), tp)
+    return _summed(product(out.reshape(len(x), -1), attention.o_proj.weight), tp)
 
 
 def _experts(layer: torch.nn.Module, y: Tensor, groups: ProcessGroupCollection, record: RecordRouting | None) -> Tensor:
@@ -106,11 +107,11 @@ def _experts(layer: torch.nn.Module, y: Tensor, groups: ProcessGroupCollection, 
         record(layer.layer_number, chosen)
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    ends = torch.searchsorted(flat[order], torch.arange(len(experts.fc1), device=y.device), right=True).to(torch.int32)
-    gate_up = grouped_mm(y.index_select(0, order // router.topk), experts.fc1.flatten(1, 2).transpose(1, 2), offs=ends)
+    counts = torch.bincount(flat, minlength=len(experts.fc1))
+    gate_up = grouped_product(y.index_select(0, order // router.topk), experts.fc1.flatten(1, 2), counts)
     gate, up = gate_up.chunk(2, dim=-1)
     shares = scores.softmax(dim=-1).flatten()[order].to(y.dtype).unsqueeze(-1)
-    out = grouped_mm(silu(gate).mul_(up).mul_(shares), experts.fc2.transpose(1, 2), offs=ends)
+    out = grouped_product(silu(gate).mul_(up).mul_(shares), experts.fc2, counts)
     out = torch.empty_like(out).index_copy_(0, order, out).view(len(y), router.topk, -1).sum(dim=1)
     return _summed(out, groups.expt_tp)
 

@@ -55,10 +55,10 @@ class ReferenceEngine:
 
     def stream(self, requests: list[Request]) -> Iterator[tuple[int, Result]]:
         """As `Engine.stream`."""
-        for index, request in enumerate(requests):
-            if len(request.prompt) + request.sampling.max_new_tokens - 1 > self.tokens:
+        for index, asked in enumerate(requests):
+            if len(asked.prompt) + asked.sampling.max_new_tokens - 1 > self.tokens:
                 raise ValueError(
-                    f"request {index} may grow to {len(request.prompt)} + {request.sampling.max_new_tokens} tokens, which a pass "
+                    f"request {index} may grow to {len(asked.prompt)} + {asked.sampling.max_new_tokens} tokens, which a pass "
                     f"over {self.tokens} does not hold; raise `tokens`."
                 )
         replicas = self.groups.dp_cp

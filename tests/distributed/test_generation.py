@@ -288,7 +288,7 @@ def routing_of_training(rank: int, world: int, requests: list[Request], results:
 
 
 @pytest.mark.parametrize(
-    ("world", "parallel"), [(1, {}), (4, {"pipeline": 2, "expert": 2}), (4, {"tensor": 2, "expert": 2})]
+    ("world", "parallel"), [(1, {}), (2, {"pipeline": 2}), (2, {"tensor": 2, "expert": 2, "expert_tensor": 1})]
 )
 def test_routing_is_that_of_training(ranks, groups_alone, world, parallel):
     requests = groups_alone[0][:3] + requests_of(PROMPTS, DRAWN)
@@ -343,6 +343,26 @@ def test_reference_generation_needs_the_padded_experts(ranks):
     [(results, scores)] = ranks(1, generate_reference, {}, requests, False)
     pairs = zip(results, scores, strict=True)
     assert any(torch.tensor(r.logprobs, dtype=torch.float64).ne(s.double()).any() for r, s in pairs)
+
+
+def drift(rank: int, world: int, steps: int) -> list[float]:
+    """Largest distance [nats] of the log-probabilities of each half of `steps` decoding steps from those of training."""
+    config = config_of({}, replace(MODEL, attn_type_list=[0, 1, 0, 0]))
+    groups = init_groups(config.parallel, seed=1)
+    [model] = build_model(config, groups)
+    request = Request((1, 2, 3), 0, replace(DRAWN, max_new_tokens=steps, repetition_tokens=0))
+    [result] = Engine(model, groups, slots=1).generate([request])
+    tokens = torch.tensor([[*request.prompt, *result.tokens]])
+    with torch.no_grad():
+        nll = model(tokens[:, :-1], torch.arange(tokens.shape[1] - 1)[None], labels=tokens[:, 1:])
+    distance = (torch.tensor(result.logprobs) + nll[0, len(request.prompt) - 1 :]).abs()
+    return [half.max().item() for half in distance.chunk(2)]
+
+
+def test_many_steps_do_not_drift_apart_from_training(ranks):
+    """`python -m benchmarks.generate_cpu --parts drift` does 4,096 steps."""
+    [halves] = ranks(1, drift, 512)
+    assert max(halves) <= BOUND
 
 
 def complete_with_a_nan(rank: int, world: int, parallel: dict[str, int]) -> str:
