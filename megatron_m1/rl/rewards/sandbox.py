@@ -91,7 +91,7 @@ class Sandbox:
 
     def __init__(self, limits: SandboxLimits | None = None, *, python: str | None = None) -> None:
         self.limits = limits or SandboxLimits()
-        self._python = Path(python or getattr(sys, "_base_executable", sys.executable)).resolve()
+        self._python = _interpreter(python)
         faults = probe_sandbox(python=str(self._python))
         if faults:
             raise SandboxUnavailable(f"No sandbox for code: {'; '.join(faults)}; {REMEDY}.")
@@ -110,7 +110,7 @@ def probe_sandbox(*, python: str | None = None) -> list[str]:
         return [f"{sys.platform} on {platform.machine()} is not supported (Linux on {' or '.join(ARCHITECTURES)} is)"]
     if shutil.which("bwrap") is None:
         return ["bwrap is not on PATH"]
-    path = Path(python or getattr(sys, "_base_executable", sys.executable)).resolve()
+    path = _interpreter(python)
     outside = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("net", "pid", "mnt", "ipc")}
     limits = SandboxLimits(processes=PROBE_PROCESSES)
     try:
@@ -147,23 +147,30 @@ def sandbox_faults(facts: Mapping[str, Any], outside: Mapping[str, str]) -> list
     return found
 
 
+def _interpreter(python: str | None) -> Path:
+    """The real file of the given interpreter, or of the one below this process's virtual environment."""
+    return Path(python or getattr(sys, "_base_executable", None) or sys.executable).resolve()
+
+
 def _run(python: Path, limits: SandboxLimits, source: str, *, stdin: bytes, function: str | None) -> SandboxOutcome:
     uid = FIRST_UID + secrets.randbelow(UIDS) if os.geteuid() == 0 else None
     ready, ready_inside = os.pipe()
+    lifeline_inside, lifeline = os.pipe()
     sealed = [_memory_file(data) for data in (HARNESS.read_bytes(), source.encode(), filter_program())]
     given = _memory_file(stdin)
     options = {
         "limits": {
             "RLIMIT_CPU": limits.cpu_s,
             "RLIMIT_AS": limits.memory_bytes,
-            # and the harness
-            "RLIMIT_NPROC": limits.processes + 1,
+            # and the harness's two threads
+            "RLIMIT_NPROC": limits.processes + 2,
             "RLIMIT_FSIZE": limits.file_bytes,
             "RLIMIT_NOFILE": 64,
             "RLIMIT_CORE": 0,
         },
         "uid": uid,
         "ready_fd": ready_inside,
+        "lifeline_fd": lifeline_inside,
         "function": function,
     }
     program = [str(python), "-I", "-S", "-B", "/harness.py", json.dumps(options)]
@@ -175,11 +182,11 @@ def _run(python: Path, limits: SandboxLimits, source: str, *, stdin: bytes, func
             stdin=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            pass_fds=(*sealed, ready_inside),
+            pass_fds=(*sealed, ready_inside, lifeline_inside),
             env={},
         )
     finally:
-        for fd in (*sealed, given, ready_inside):
+        for fd in (*sealed, given, ready_inside, lifeline_inside):
             os.close(fd)
     try:
         ended, (stdout, stderr) = _watch(process, limits, started)
@@ -191,6 +198,7 @@ def _run(python: Path, limits: SandboxLimits, source: str, *, stdin: bytes, func
     finally:
         _kill(process)
         os.close(ready)
+        os.close(lifeline)
     return SandboxOutcome(process.returncode, ended, stdout, stderr, wall_s)
 
 

@@ -1,7 +1,8 @@
 """The first process of the sandbox, under any Python 3: takes the limits, gives up the last rights, runs /solution.py.
 
-Argument: {"limits": {RLIMIT name: value}, "uid": int or null, "ready_fd": int, "function": name or null}. With a function,
-standard input is the JSON list of its arguments and standard output its JSON result; what else it prints goes to stderr.
+Argument: {"limits": {RLIMIT name: value}, "uid": int or null, "ready_fd", "lifeline_fd": int, "function": name or null}.
+With a function, standard input is the JSON list of its arguments and standard output its JSON result; what else it prints
+goes to stderr. When the other end of lifeline_fd closes, the sandbox ends.
 The program is a child: the kernel lets nothing inside signal this first process, nothing can look into it as it is not
 dumpable, and when it ends, all others are killed. Standard library only; nothing of megatron_m1 is in the sandbox.
 """
@@ -12,8 +13,9 @@ import os
 import resource
 import signal
 import sys
+import threading
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
+PR_SET_DUMPABLE = 4
 
 
 def main() -> None:
@@ -27,22 +29,29 @@ def main() -> None:
         os.setgroups([])
         os.setresgid(options["uid"], options["uid"], options["uid"])
         os.setresuid(options["uid"], options["uid"], options["uid"])
-    # The change of user cleared what bwrap's --die-with-parent had set.
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0 or libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError("prctl failed")
+    if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError("prctl(PR_SET_DUMPABLE) failed")
     # With a handler (Python's for SIGINT) the first process could be signalled from inside.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     program = os.fork()
     os.write(options["ready_fd"], b"R")
     os.close(options["ready_fd"])
     if program == 0:
+        os.close(options["lifeline_fd"])
         run(source, options["function"])
         return
+    # Not PR_SET_PDEATHSIG: bwrap, its capabilities dropped, may not signal another user.
+    threading.Thread(target=end_with_owner, args=(options["lifeline_fd"],), daemon=True).start()
     while True:
         pid, status = os.wait()
         if pid == program:
             code = os.waitstatus_to_exitcode(status)
             os._exit(code if code >= 0 else 128 - code)
+
+
+def end_with_owner(lifeline_fd: int) -> None:
+    os.read(lifeline_fd, 1)
+    os._exit(1)
 
 
 def run(source: str, function: str | None) -> None:
@@ -53,7 +62,7 @@ def run(source: str, function: str | None) -> None:
     result_fd = os.dup(1)
     os.dup2(2, 1)
     arguments = json.load(sys.stdin)
-    scope = {"__name__": "solution"}
+    scope: dict = {"__name__": "solution"}
     exec(compile(source, "/solution.py", "exec"), scope)
     result = json.dumps(scope[function](*arguments)).encode()
     with os.fdopen(result_fd, "wb") as output:

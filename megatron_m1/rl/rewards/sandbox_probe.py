@@ -26,7 +26,7 @@ def writable(folder: str) -> bool:
 
 def forks() -> int:
     """Children that could be alive at once, up to FORKS."""
-    children = []
+    children: list[int] = []
     try:
         while len(children) < FORKS:
             pid = os.fork()

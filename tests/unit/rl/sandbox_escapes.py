@@ -88,7 +88,7 @@ class Case:
 
     source: str
     holds: Callable[[SandboxOutcome], bool]
-    wall_s: float = LIMITS.wall_s
+    limits: SandboxLimits = LIMITS
 
 
 CASES = {
@@ -194,7 +194,9 @@ os.killpg(0, signal.SIGKILL)
         lambda outcome: stopped(outcome) and outcome.stdout == b"done\n",
     ),
     "fork bomb": Case(
-        "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n", stopped, wall_s=0.8
+        "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n",
+        stopped,
+        limits=replace(LIMITS, wall_s=0.8),
     ),
     "threads": Case(
         TRY
@@ -213,6 +215,7 @@ print("done", flush=True)
 os._exit(0)
 """,
         clean,
+        replace(LIMITS, memory_bytes=1 << 30),  # stacks and allocator arenas are address space
     ),
     "sleeping children": Case(
         TRY
@@ -264,7 +267,7 @@ print("done")
         clean,
     ),
     "busy loop": Case("while True: pass", lambda outcome: stopped(outcome) and outcome.ended == "exit"),
-    "sleep": Case("import time\ntime.sleep(60)", ended_by_wall_time, wall_s=0.5),
+    "sleep": Case("import time\ntime.sleep(60)", ended_by_wall_time, replace(LIMITS, wall_s=0.5)),
 }
 
 
@@ -275,7 +278,7 @@ def judge(sandbox: Sandbox, case: Case) -> str | None:
         source = case.source
         for name, value in values.items():
             source = source.replace(name, value)
-        sandbox.limits = replace(LIMITS, wall_s=case.wall_s)
+        sandbox.limits = case.limits
         outcome = sandbox.run(source)
         if not case.holds(outcome):
             return f"outcome {outcome}"

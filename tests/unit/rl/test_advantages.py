@@ -55,6 +55,9 @@ def test_dynamic_sampling_keeps_groups_whose_rewards_differ():
     kept, report = informative_samples(rewards, groups, valid=valid)
     assert kept.tolist() == [False] * 6 + [True] * 2
     assert (report.kept, report.all_right) == (1, 2)
+    assert informative_samples(torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3), valid=torch.tensor([True, True, False]))[
+        0
+    ].tolist() == [True, True, False]
 
 
 def test_overlong_penalty_is_dapo_equation_13():

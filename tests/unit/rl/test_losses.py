@@ -164,6 +164,8 @@ def test_normalizers_sum_as_defined():
     assert weights["batch_token"][0] == 1 / 20
     assert weights["sample"].tolist()[:2] == [1 / 15, 1 / 25]
     torch.testing.assert_close(weights["combined"], (weights["sample"] + weights["batch_token"]) / 2)
+    empty = Normalizer.for_batch(torch.tensor([3, 0]), torch.tensor([0, 1]), normalization="per_group").weights
+    assert empty.tolist() == [1 / 3, 0]  # a group without tokens is no group
     with pytest.raises(ValueError, match="No sample"):
         Normalizer.for_batch(torch.zeros(2), torch.zeros(2), normalization="sample")
 
