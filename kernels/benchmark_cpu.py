@@ -20,8 +20,8 @@ import torch
 from m1_kernels import benchmark_report as reports
 from m1_kernels.benchmark_peers import versions
 from m1_kernels.benchmark_report import OURS, Report, Row
-from m1_kernels.chunked import chunk_size, lightning_attention_packed_chunked
-from m1_kernels.dispatch import lightning_attention
+from m1_kernels.chunked import chunk_size
+from m1_kernels.dispatch import lightning_attention_packed
 from m1_kernels.slopes import slopes as layer_slopes
 from m1_kernels.softmax import softmax_attention
 
@@ -74,12 +74,12 @@ def rows(tokens: int, heads: int, dim: int, repeats: int, ceilings: dict[str, fl
 
     sections: dict[str, dict[str, Attention]] = {
         "attention": {
-            OURS: lambda qkv: lightning_attention(*parts(qkv), decay),
+            OURS: lambda qkv: lightning_attention_packed(qkv, decay, activation=None),
             "block loop": lambda qkv: block_loop(*parts(qkv), tables),
             **({"torch flash": flash} if tokens <= FLASH_MOST_TOKENS else {}),
         },
         "SiLU and attention": {
-            OURS: lambda qkv: lightning_attention_packed_chunked(qkv, decay),
+            OURS: lambda qkv: lightning_attention_packed(qkv, decay),
             "block loop": lambda qkv: block_loop(*parts(torch.nn.functional.silu(qkv)), tables),
         },
     }
