@@ -4,7 +4,7 @@ Depends on torch (and triton) only. Importing has no side effects.
 """
 
 from m1_kernels.decode import lightning_attention_step
-from m1_kernels.dispatch import lightning_attention
+from m1_kernels.dispatch import lightning_attention, lightning_attention_packed
 from m1_kernels.pointwise import gated_rms_norm, rms_norm, swiglu
 from m1_kernels.reference import lightning_attention_reference
 from m1_kernels.slopes import slopes
@@ -14,6 +14,7 @@ from m1_kernels.softmax_blocks import merge_attention, softmax_attention_backwar
 __all__ = [
     "gated_rms_norm",
     "lightning_attention",
+    "lightning_attention_packed",
     "lightning_attention_reference",
     "lightning_attention_step",
     "merge_attention",

@@ -1,43 +1,40 @@
 """Which implementation of lightning attention runs, and why."""
 
-import functools
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-from m1_kernels.chunked import lightning_attention_chunked
+from m1_kernels import triton_attention
+from m1_kernels.choice import Implementation, choose
+from m1_kernels.chunked import lightning_attention_chunked, lightning_attention_packed_chunked
 from m1_kernels.reference import lightning_attention_reference
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "lightning_attention"]
-
-logger = logging.getLogger("m1_kernels")
+__all__ = ["IMPLEMENTATIONS", "PACKED_IMPLEMENTATIONS", "lightning_attention", "lightning_attention_packed"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
+TRITON_REASON = "chunks swept by Triton kernels, the state in registers"
+TORCH_REASON = "chunked batched matmuls in PyTorch"
 
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute lightning attention.
 
-    run: takes (q, k, v, slopes, *, initial_state, cu_seqlens, return_final_state).
-    obstacle: for (q) returns why this input cannot run here, with the remedy, or None when it can.
-    why: the reason to log when "auto" picks it; None keeps "auto" from picking it.
-    """
+def _torch_obstacle(x: torch.Tensor) -> str | None:
+    return None if x.device.type in ("cpu", "cuda") else f"it runs on cpu and cuda, not {x.device}"
 
-    run: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
-    obstacle: Callable[[torch.Tensor], str | None]
-    why: str | None
+
+def _packed_obstacle(qkv: torch.Tensor) -> str | None:
+    return triton_attention.obstacle(qkv[..., : qkv.shape[-1] // 3])
 
 
 # In the order in which "auto" tries them.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "torch": Implementation(
-        run=lightning_attention_chunked,
-        obstacle=lambda q: None if q.device.type in ("cpu", "cuda") else f"it runs on cpu and cuda, not {q.device}",
-        why="chunked batched matmuls, the only differentiable implementation built in",
+    "triton": Implementation(
+        triton_attention.lightning_attention_triton, triton_attention.obstacle, TRITON_REASON, auto_on=("cuda",)
     ),
-    "reference": Implementation(run=lightning_attention_reference, obstacle=lambda q: None, why=None),
+    "torch": Implementation(lightning_attention_chunked, _torch_obstacle, TORCH_REASON),
+    "reference": Implementation(lightning_attention_reference, lambda x: None, "one token at a time", auto_on=()),
+}
+PACKED_IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton": Implementation(
+        triton_attention.lightning_attention_packed_triton, _packed_obstacle, TRITON_REASON, auto_on=("cuda",)
+    ),
+    "torch": Implementation(lightning_attention_packed_chunked, _torch_obstacle, TORCH_REASON),
 }
 
 
@@ -51,58 +48,81 @@ def lightning_attention(
     cu_seqlens: torch.Tensor | None = None,
     return_final_state: bool = False,
     implementation: str = "auto",
+    strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """o [B, T, H, D] in the dtype of q, or (o, final_state [S, H, D, D]) with return_final_state.
 
         S_t = exp(-slope) S_{t-1} + k_t^T v_t          o_t = q_t S_t          (no 1/sqrt(D), no normaliser)
 
     q, k, v: [B, T, H, D], any strides (views of a packed projection are read in place), bf16, fp16, fp32 or fp64.
-        Take them apart with torch.split or unbind, whose backward is one concatenation, rather than by slicing.
+        Take them apart with torch.split or unbind, whose backward is one concatenation, rather than by slicing, or use
+        `lightning_attention_packed`, whose backward needs none.
     slopes: float32 [H], >= 0, see `m1_kernels.slopes`; not differentiated.
     cu_seqlens: int32 [S+1], cumulative document lengths in a pack of B = 1; the state starts anew at each document.
         Documents may be empty. Tokens at and beyond cu_seqlens[-1] are padding: never read, zero output and gradient.
     initial_state: [S, H, D, D] (key dimension first), S = B without cu_seqlens; float32, or float64 for fp64 inputs.
     implementation: "auto", or a name in `dispatch.IMPLEMENTATIONS`. "auto" logs its choice once.
+    strategy: of the Triton kernels: "fused" (a document in one sweep), "segmented" (spans of `triton_attention.SEGMENT`
+        tokens at once, after a pass over k and v for their states), or "auto" (by the shapes, to fill the device).
 
-    Computes and accumulates in float32 (float64 for fp64 inputs), states included. Differentiable in q, k, v and
+    Accumulates in float32 (float64 for fp64 inputs), states included. Differentiable in q, k, v and
     initial_state, from gradients of o and of final_state. Tensors are local; nothing communicates.
-    What a document's neighbours hold, NaN included, cannot change one bit of its results. Repeated runs on the CPU are
-    bitwise equal. A packed document equals the same one alone to tolerance only (2e-6 relative RMS per head in
-    float32): another batch of products may be summed in another order.
+    What a document's neighbours hold, NaN included, cannot change one bit of its results, and repeated runs are bitwise
+    equal. Under a named strategy a packed document equals the same one alone, and a prefill resumed at a multiple of
+    `triton_attention.CHUNK` the whole one, bit for bit; else to tolerance (2e-6 relative RMS per head in float32): another batch
+    of products may be summed in another order.
+    The Triton kernels never synchronise with the host, so they cannot refuse cu_seqlens that fall or run past T.
     Raises ValueError, with the remedy, for shapes or dtypes that break the above and for an impossible implementation.
     Source: MiniMax-01 report (arXiv 2501.08313), Lightning Attention-2 (arXiv 2401.04658).
     """
     _check(q, k, v, slopes, initial_state, cu_seqlens)
-    return choose(implementation, q).run(
-        q, k, v, slopes, initial_state=initial_state, cu_seqlens=cu_seqlens, return_final_state=return_final_state
-    )
+    chosen = choose("lightning_attention", IMPLEMENTATIONS, implementation, q)
+    return chosen.run(
+        q, k, v, slopes, initial_state=initial_state, cu_seqlens=cu_seqlens, return_final_state=return_final_state,
+        **_strategy(chosen, strategy),
+    )  # fmt: skip
 
 
-def choose(implementation: str, q: torch.Tensor) -> Implementation:
-    """The named implementation, or for "auto" the first that can run q; raises ValueError when there is none."""
-    if implementation == "auto":
-        for name, candidate in IMPLEMENTATIONS.items():
-            if candidate.why is not None and candidate.obstacle(q) is None:
-                _log_once(f"lightning_attention on {q.device.type}: {name} ({candidate.why})")
-                return candidate
-        reasons = "; ".join(f"{name}: {entry.obstacle(q)}" for name, entry in IMPLEMENTATIONS.items() if entry.why)
-        raise ValueError(f"implementation='auto' found none for {q.dtype} on {q.device}: {reasons}")
-    if implementation not in IMPLEMENTATIONS:
-        names = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise ValueError(f"implementation={implementation!r} is not available; use one of {names}")
-    chosen = IMPLEMENTATIONS[implementation]
-    obstacle = chosen.obstacle(q)
-    if obstacle is not None:
+def lightning_attention_packed(
+    qkv: torch.Tensor,
+    slopes: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    return_final_state: bool = False,
+    activation: str | None = "silu",
+    implementation: str = "auto",
+    strategy: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`lightning_attention` of the parts [q|k|v] of activation(qkv); qkv [B, T, H, 3D] is the projection as it comes.
+
+    activation: "silu", rounded to the dtype of qkv, or None. Saves qkv alone for the backward, which computes the activation
+    again and writes one gradient [B, T, H, 3D], the activation's derivative included. o is time-major where qkv is.
+    The rest as in `lightning_attention`.
+    """
+    if activation not in ("silu", None):
+        raise ValueError(f"activation={activation!r} must be 'silu' or None")
+    if qkv.ndim != 4 or qkv.shape[-1] % 3:
+        raise ValueError(f"qkv {tuple(qkv.shape)} must be [B, T, H, 3D]")
+    q, k, v = qkv.detach().split(qkv.shape[-1] // 3, dim=-1)
+    _check(q, k, v, slopes, initial_state, cu_seqlens)
+    chosen = choose("lightning_attention_packed", PACKED_IMPLEMENTATIONS, implementation, qkv)
+    return chosen.run(
+        qkv, slopes, initial_state=initial_state, cu_seqlens=cu_seqlens, return_final_state=return_final_state,
+        activation=activation, **_strategy(chosen, strategy),
+    )  # fmt: skip
+
+
+def _strategy(chosen: Implementation, strategy: str) -> dict[str, str]:
+    if strategy not in triton_attention.STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} must be one of {', '.join(triton_attention.STRATEGIES)}")
+    if chosen.why == TRITON_REASON:
+        return {"strategy": strategy}
+    if strategy != "auto":
         raise ValueError(
-            f"implementation={implementation!r} cannot run: {obstacle}; implementation='auto' picks another"
+            f"strategy={strategy!r} is one of the Triton kernels, which do not run here; leave it at 'auto'"
         )
-    _log_once(f"lightning_attention on {q.device.type}: {implementation} (asked for)")
-    return chosen
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+    return {}
 
 
 def _check(q, k, v, slopes, initial_state, cu_seqlens) -> None:

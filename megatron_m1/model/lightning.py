@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from m1_kernels import lightning_attention, slopes
+from m1_kernels import lightning_attention_packed, slopes
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
 from megatron.core.transformer.module import MegatronModule
@@ -102,14 +102,17 @@ class LightningAttention(MegatronModule):
     def _start(self, qkv: Tensor, packed: SequenceParams | None, cache: AttentionCache | None) -> Callable[[], Tensor]:
         """[s, b, heads*3*D] head-major [q|k|v] -> a function that returns [s, b, heads*D]."""
         seq, batch = qkv.shape[:2]
-        qkv = torch.nn.functional.silu(qkv).view(seq, batch, self.local_heads, 3 * self.head_dim).transpose(0, 1)
-        q, k, v = qkv.split(self.head_dim, dim=-1)
+        qkv = qkv.view(seq, batch, self.local_heads, 3 * self.head_dim).transpose(0, 1)
+        layout = None if packed is None else packed.layout
         finish: Callable[[], Tensor]
-        if cache is not None:
-            finish = partial(cache.lightning, self.layer_number, q, k, v, self.slopes)
-        elif packed is not None and packed.layout is not None:
-            finish = self.context.start(q, k, v, self.slopes, packed.layout)
-        else:
+        if cache is None and layout is None:
             cu_seqlens = None if packed is None else packed.cu_seqlens_q
-            finish = partial(lightning_attention, q, k, v, self.slopes, cu_seqlens=cu_seqlens)
+            finish = partial(lightning_attention_packed, qkv, self.slopes, cu_seqlens=cu_seqlens)
+        else:
+            q, k, v = torch.nn.functional.silu(qkv).split(self.head_dim, dim=-1)
+            if cache is not None:
+                finish = partial(cache.lightning, self.layer_number, q, k, v, self.slopes)
+            else:
+                assert layout is not None
+                finish = self.context.start(q, k, v, self.slopes, layout)
         return lambda: finish().transpose(0, 1).reshape(seq, batch, -1)

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from m1_kernels import dispatch, lightning_attention, slopes
+from m1_kernels import choice, dispatch, lightning_attention, slopes
 
 
 @pytest.fixture
@@ -11,12 +11,12 @@ def qkv() -> list[torch.Tensor]:
 
 
 def test_auto_logs_its_choice_once(qkv: list[torch.Tensor], caplog: pytest.LogCaptureFixture) -> None:
-    dispatch._log_once.cache_clear()
+    choice._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="m1_kernels"):
         for _ in range(3):
             lightning_attention(*qkv, slopes(2, 0, 8))
     assert [r.getMessage() for r in caplog.records] == [
-        "lightning_attention on cpu: torch (chunked batched matmuls, the only differentiable implementation built in)"
+        "lightning_attention on cpu: torch (chunked batched matmuls in PyTorch)"
     ]
 
 
@@ -28,12 +28,12 @@ def test_named_implementations_agree(qkv: list[torch.Tensor]) -> None:
 
 
 def test_unknown_implementation_names_the_known_ones(qkv: list[torch.Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"'triton' is not available; use one of auto, torch, reference"):
-        lightning_attention(*qkv, slopes(2, 0, 8), implementation="triton")
+    with pytest.raises(ValueError, match=r"'cuda' is not available; use one of auto, triton, torch, reference"):
+        lightning_attention(*qkv, slopes(2, 0, 8), implementation="cuda")
 
 
 def test_an_implementation_that_cannot_run_says_why(qkv: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    blocked = dispatch.Implementation(run=lambda *_: None, obstacle=lambda q: "it needs CUDA", why="fastest")
+    blocked = choice.Implementation(run=lambda *_: None, obstacle=lambda q: "it needs CUDA", why="fastest")
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "blocked", blocked)
     with pytest.raises(ValueError, match=r"cannot run: it needs CUDA; implementation='auto' picks another"):
         lightning_attention(*qkv, slopes(2, 0, 8), implementation="blocked")

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from m1_kernels.dispatch import Implementation
+from m1_kernels.choice import Implementation
 
 from megatron_m1 import platform
 from megatron_m1.platform import packages

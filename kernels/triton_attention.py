@@ -1,0 +1,386 @@
+"""Lightning attention on the Triton kernels: which spans, which launches, and the backward pass.
+
+Forward, fused: one sweep per document. Forward, segmented: the states that spans of a document leave behind
+(`local_states`, two reads), their scan, then sweeps of all spans at once. Backward: dq from the states that the forward
+pass saved at every span; dk and dv in one reverse sweep, fused or segmented likewise. Nothing reads cu_seqlens on the host.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from m1_kernels.triton_runtime import interpreting
+from m1_kernels.triton_runtime import obstacle as triton_obstacle
+from torch.autograd.function import once_differentiable
+
+__all__ = [
+    "CHUNK",
+    "STRATEGIES",
+    "lightning_attention_packed_triton",
+    "lightning_attention_triton",
+    "lightning_state_triton",
+    "obstacle",
+]
+
+STRATEGIES = ("auto", "fused", "segmented")
+CHUNK = 64
+"""Tokens of a chunk in half precision: where a prefill may be cut with bitwise equal results."""
+SEGMENT = 4096
+"""Tokens of a span under strategy="segmented"; results depend on it in the last bits."""
+EXACT = True
+WHOLE = 2**30
+"""Tokens of a span that no document reaches."""
+
+
+def obstacle(q: torch.Tensor) -> str | None:
+    """Why the Triton kernels cannot take q [B, T, H, D], with the remedy, or None when they can."""
+    if q.shape[-1] % 16 or q.shape[-1] > 256:
+        return f"its kernels take head_dim 16, 32, ... 256, not {q.shape[-1]}"
+    return triton_obstacle(q)
+
+
+def lightning_attention_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    return_final_state: bool = False,
+    strategy: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """o [B, T, H, D], or (o, final_state [S, H, D, D]); arguments as in `lightning_attention`.
+
+    Products of 16-bit inputs take 16-bit operands (scores, decayed values and the state rounded to them as operands only) and
+    accumulate in float32; float32 inputs run as three TF32 products. Saves its inputs and the states between spans.
+    """
+    o, final_state = _Attention.apply(q, k, v, slopes, initial_state, cu_seqlens, strategy)
+    return (o, final_state) if return_final_state else o
+
+
+def lightning_attention_packed_triton(
+    qkv: torch.Tensor,
+    slopes: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    return_final_state: bool = False,
+    activation: str | None = "silu",
+    strategy: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """As `lightning_attention_packed`: the activation is computed where tiles are read, and its gradient where they are written."""
+    o, final_state = _PackedAttention.apply(qkv, slopes, initial_state, cu_seqlens, activation == "silu", strategy)
+    return (o, final_state) if return_final_state else o
+
+
+def lightning_state_triton(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    reverse: bool = False,
+    horizon: bool = True,
+    segment: int | None = None,
+) -> torch.Tensor:
+    """float32 [S, H, D, D]: sum_j e^{-s(n-1-j)} k_j^T v_j of each document; reverse: sum_j e^{-s(j+1)} k_j^T v_j. No gradients.
+
+    horizon: tokens whose weight is exactly zero in float32 are not read; False reads them, with bitwise equal results.
+    """
+    call = _Call.of(k, slopes, cu_seqlens)
+    segment = segment or call.segment(programs=call.blocks)
+    states = call.states(segment)
+    call.local_states(states, k, v, segment, reverse=reverse, every=True, horizon=horizon)
+    left = torch.zeros(call.documents, call.heads, call.dim, call.dim, dtype=torch.float32, device=k.device)
+    call.scan(states, segment, None, left, reverse=reverse)
+    return left
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tile shape of a kernel: chunk C, channels of the state's value side, warps, pipeline stages."""
+
+    chunk: int
+    values: int
+    warps: int
+    stages: int
+
+
+def tiling(kernel: str, dtype: torch.dtype, padded_dim: int) -> Tiling:
+    """Fixed by kernel ("sweep", "local"), dtype and head_dim, never tuned at run time: bits would change."""
+    if dtype == torch.float32:
+        return Tiling(32, min(padded_dim, 32), 4, 1)
+    if padded_dim == 256:
+        return Tiling(CHUNK, 64, 8, 2)
+    return Tiling(CHUNK, min(padded_dim, 64), 4, 3)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the launches of one call share."""
+
+    batch: int
+    tokens: int
+    heads: int
+    dim: int
+    documents: int
+    slopes: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: torch.Tensor, slopes: torch.Tensor, cu_seqlens: torch.Tensor | None) -> "_Call":
+        batch, tokens, heads, dim = x.shape
+        documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        slopes = slopes.to(device=x.device, dtype=torch.float32).contiguous()
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(x.device).contiguous()
+        return cls(batch, tokens, heads, dim, documents, slopes, cu_seqlens, x.dtype, x.device)
+
+    @property
+    def padded_dim(self) -> int:
+        return 1 << (self.dim - 1).bit_length()
+
+    @property
+    def blocks(self) -> int:
+        """Value blocks of one head in a sweep."""
+        return -(-self.dim // tiling("sweep", self.dtype, self.padded_dim).values)
+
+    @property
+    def processors(self) -> int:
+        return torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 4
+
+    def spans(self, segment: int) -> int:
+        """Upper bound of the number of spans, from shapes alone; the padding of a pack is a document of its own."""
+        if self.cu_seqlens is None:
+            return self.batch * max(1, -(-self.tokens // segment))
+        return self.tokens // segment + self.documents + 1
+
+    def segment(self, programs: int) -> int:
+        """Tokens of a span so that spans * heads * programs about fill the device once; WHOLE if documents alone do."""
+        if self.documents * self.heads * programs >= 0.8 * self.processors:
+            return WHOLE
+        spans = max(1, self.processors // (self.heads * programs))
+        return max(CHUNK * 4, -(-self.batch * self.tokens // (spans * CHUNK)) * CHUNK)
+
+    def states(self, segment: int) -> torch.Tensor:
+        shape = (self.spans(segment), self.heads, self.dim, self.dim)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def descriptor(self, x: torch.Tensor, rows: int, columns: int) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns])
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "D": self.dim,
+            "DP": self.padded_dim,
+            "VARLEN": self.cu_seqlens is not None,
+            "PRECISION": _precision(self.dtype),
+        }
+
+    def sweep(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        segment: int,
+        reverse: bool = False,
+        entry: torch.Tensor | None = None,
+        entry_per_span: bool = False,
+        transposed: bool = False,
+        saved: torch.Tensor | None = None,
+        save: int = WHOLE,
+        left: torch.Tensor | None = None,
+        pre_activation: torch.Tensor | None = None,
+    ) -> None:
+        """Launch `triton_lightning.sweep`; transposed: the states in memory are the transposes of the sweep's."""
+        from m1_kernels import triton_lightning
+
+        tile = tiling("sweep", self.dtype, self.padded_dim)
+        wide = (tile.chunk, self.padded_dim)
+        narrow = (tile.chunk, tile.values)
+        states = (1, self.dim) if transposed else (self.dim, 1)
+        absent = self.slopes
+        triton_lightning.sweep[(self.spans(segment) * self.heads * self.blocks,)](
+            self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow),
+            out if pre_activation is None else pre_activation, self.descriptor(out, *narrow),
+            out, *out.stride()[:3], self.slopes, absent if self.cu_seqlens is None else self.cu_seqlens,
+            absent if entry is None else entry, absent if saved is None else saved, absent if left is None else left,
+            self.tokens, self.heads, segment, save, self.documents, *states,
+            BV=tile.values, C=tile.chunk, REVERSE=reverse, ENTRY=0 if entry is None else 1 + entry_per_span,
+            SAVING=saved is not None, LEAVING=left is not None,
+            ACTIVATE_OUT=pre_activation is not None, EXACT=EXACT and self.dtype != torch.float32, STAGES=tile.stages, num_warps=tile.warps, **self._common(),
+        )  # fmt: skip
+
+    def local_states(self, states, b, v, segment, *, reverse, every=False, horizon=True) -> None:
+        from m1_kernels import triton_lightning
+
+        tile = tiling("local", self.dtype, self.padded_dim)
+        triton_lightning.local_states[(self.spans(segment) * self.heads * self.blocks,)](
+            self.descriptor(b, tile.chunk, self.padded_dim), self.descriptor(v, tile.chunk, tile.values), self.slopes,
+            self.slopes if self.cu_seqlens is None else self.cu_seqlens, states,
+            self.tokens, self.heads, segment, self.documents,
+            BV=tile.values, C=tile.chunk, REVERSE=reverse, EVERY=every, HORIZON=horizon,
+            STAGES=tile.stages, num_warps=tile.warps, **self._common(),
+        )  # fmt: skip
+
+    def scan(self, states, segment, initial, left, *, reverse) -> None:
+        from m1_kernels import triton_lightning
+
+        block = next(size for size in (1024, 512, 256) if self.dim * self.dim % size == 0)
+        triton_lightning.scan_states[(self.documents * self.heads * (self.dim * self.dim // block),)](
+            states, states if initial is None else initial, states if left is None else left, self.slopes,
+            self.slopes if self.cu_seqlens is None else self.cu_seqlens, self.tokens, self.heads, segment,
+            D=self.dim, BLOCK=block, VARLEN=self.cu_seqlens is not None, REVERSE=reverse,
+            INITIAL=initial is not None, LEAVING=left is not None,
+        )  # fmt: skip
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if interpreting():
+        return "upcast"
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Tokens of a span: of the forward sweep, of saved states and dq, of the reverse sweep."""
+
+    forward: int
+    save: int
+    backward: int
+
+    @classmethod
+    def of(cls, call: _Call, strategy: str) -> "_Plan":
+        if strategy == "segmented":
+            return cls(SEGMENT, SEGMENT, SEGMENT)
+        save = min(SEGMENT, call.segment(programs=2 * call.blocks))
+        if strategy == "fused":
+            return cls(WHOLE, save, WHOLE)
+        forward = call.segment(programs=call.blocks)
+        return cls(forward, save if forward == WHOLE else forward, call.segment(programs=call.blocks))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, slopes, initial_state, cu_seqlens, strategy: str):
+        call = _Call.of(q, slopes, cu_seqlens)
+        plan = _Plan.of(call, strategy)
+        q, k, v = (_readable(x) for x in (q, k, v))
+        o = _output_like(q)
+        needed = any(ctx.needs_input_grad)
+        final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed)
+        ctx.call, ctx.plan = call, plan
+        ctx.save_for_backward(q, k, v, initial_state, states)
+        ctx.set_materialize_grads(False)
+        return o, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dfinal):
+        q, k, v, initial_state, states = ctx.saved_tensors
+        grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
+        do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
+        dinitial = _backward(ctx.call, ctx.plan, q, k, v, do, dfinal, *grads, states, initial=initial_state is not None)
+        return *grads, None, dinitial, None, None
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, slopes, initial_state, cu_seqlens, activate: bool, strategy: str):
+        qkv = _readable(qkv)
+        q, k, v = _activated(qkv, activate)
+        call = _Call.of(q, slopes, cu_seqlens)
+        plan = _Plan.of(call, strategy)
+        o = _output_like(q)
+        needed = any(ctx.needs_input_grad)
+        final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed)
+        ctx.call, ctx.plan, ctx.activate = call, plan, activate
+        ctx.save_for_backward(qkv, initial_state, states)
+        ctx.set_materialize_grads(False)
+        return o, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dfinal):
+        qkv, initial_state, states = ctx.saved_tensors
+        dqkv = torch.empty_strided(qkv.shape, qkv.stride(), dtype=qkv.dtype, device=qkv.device)
+        q, k, v = _activated(qkv, ctx.activate)
+        do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
+        dinitial = _backward(
+            ctx.call, ctx.plan, q, k, v, do, dfinal, *dqkv.split(ctx.call.dim, dim=-1), states,
+            initial=initial_state is not None, raw=qkv.split(ctx.call.dim, dim=-1) if ctx.activate else None,
+        )  # fmt: skip
+        return dqkv, None, dinitial, None, None, None
+
+
+def _activated(qkv: torch.Tensor, activate: bool) -> tuple[torch.Tensor, ...]:
+    qkv = torch.nn.functional.silu(qkv) if activate else qkv
+    return qkv.split(qkv.shape[-1] // 3, dim=-1)
+
+
+def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: bool):
+    """Write o; returns (final state [S, H, D, D], states entering the spans of plan.save or None)."""
+    final_state = torch.empty(call.documents, call.heads, call.dim, call.dim, dtype=torch.float32, device=call.device)
+    if not call.tokens or not call.documents:
+        o.zero_()
+        return final_state.zero_() if initial_state is None else final_state.copy_(initial_state), None
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    if plan.forward == WHOLE:
+        states = call.states(plan.save) if saving else None
+        call.sweep(q, k, v, o, segment=WHOLE, entry=initial_state, saved=states, save=plan.save, left=final_state)
+    else:
+        states = call.states(plan.forward)
+        call.local_states(states, k, v, plan.forward, reverse=False)
+        call.scan(states, plan.forward, initial_state, None, reverse=False)
+        call.sweep(q, k, v, o, segment=plan.forward, entry=states, entry_per_span=True, left=final_state)
+    return final_state, states if saving else None
+
+
+def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, states, *, initial: bool, raw=None):
+    """Write dq, dk, dv (of `raw`, if given); returns the gradient of the initial state [S, H, D, D] if `initial`."""
+    dinitial = (
+        torch.empty(call.documents, call.heads, call.dim, call.dim, dtype=torch.float32, device=call.device)
+        if initial
+        else None
+    )
+    if not call.tokens or not call.documents:
+        for x in (dq, dk, dv):
+            x.zero_()
+        if dinitial is None:
+            return None
+        return dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
+    dfinal = None if dfinal is None else dfinal.float().contiguous()
+    call.sweep(
+        do, v, k, dq, segment=plan.save, entry=states, entry_per_span=True, transposed=True,
+        pre_activation=raw and raw[0],
+    )  # fmt: skip
+    entry, per_span = dfinal, False
+    if plan.backward != WHOLE:
+        entry, per_span = call.states(plan.backward), True
+        call.local_states(entry, q, do, plan.backward, reverse=True)
+        call.scan(entry, plan.backward, dfinal, None, reverse=True)
+    options: dict[str, Any] = {"segment": plan.backward, "reverse": True, "entry": entry, "entry_per_span": per_span}
+    call.sweep(k, q, do, dv, left=dinitial, pre_activation=raw and raw[2], **options)
+    call.sweep(v, do, q, dk, transposed=True, pre_activation=raw and raw[1], **options)
+    return dinitial
+
+
+def _output_like(q: torch.Tensor) -> torch.Tensor:
+    """Empty [B, T, H, D], contiguous, or time-major like q: the layer then has nothing to transpose."""
+    batch, tokens, heads, dim = q.shape
+    if batch > 1 and q.stride(0) < q.stride(1):
+        return torch.empty(tokens, batch, heads, dim, dtype=q.dtype, device=q.device).transpose(0, 1)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a contiguous copy where its strides are none that a tensor descriptor can have: multiples of 16 bytes."""
+    size = x.element_size()
+    fits = x.stride(-1) == 1 and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:-1])
+    return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()

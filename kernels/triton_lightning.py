@@ -1,0 +1,427 @@
+"""Triton kernels of lightning attention: sweeps over chunks of tokens, states of spans, and their scan.
+
+Words: a document is a row of the batch or what cu_seqlens marks; a span is up to `SEGMENT` tokens of a document,
+anchored at its start; a chunk is C tokens of a span. All exponents are non-positive. Rows are addressed in int64 or by
+tensor descriptors [B, T, H, D] with the strides of the caller's tensors.
+
+One sweep, in either direction of time, computes all four outputs, s being the head's slope:
+
+    out_i = sum_{j <= i} e^{-s(i-j)} (a_i . b_j) v_j          o  = forward (q, k, v)     dq = forward  (do, v, k)
+    out_i = sum_{j >= i} e^{-s(j-i)} (a_i . b_j) v_j          dv = reverse (k, q, do)    dk = reverse  (v, do, q)
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["local_states", "scan_states", "sweep"]
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _locate(w, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
+    """Span w -> (row of the batch, document, first token, tokens, first of its document?, last of its document?).
+
+    Documents of a pack own the spans from cu[d] // SEGMENT + d on, which is room enough for each and needs no prefix
+    sum; spans without tokens remain. The document after the last is the padding of the pack.
+    """
+    if VARLEN:
+        found = 0
+        for first in range(0, documents + 1, 128):
+            d = first + tl.arange(0, 128)
+            starts = tl.load(Cu + d, mask=d <= documents, other=0).to(tl.int64)
+            found += tl.sum(((d <= documents) & (starts // SEGMENT + d <= w)).to(tl.int32))
+        document = found - 1
+        row = 0
+        begin = tl.minimum(tl.load(Cu + document), T).to(tl.int32)
+        end = tl.minimum(tl.load(Cu + document + 1, mask=document < documents, other=T), T).to(tl.int32)
+        index = w - (begin // SEGMENT + document)
+    else:
+        spans = tl.maximum(tl.cdiv(T, SEGMENT), 1)
+        document = w // spans
+        row = document
+        begin = 0
+        end = T
+        index = w % spans
+    start = begin + index * SEGMENT
+    tokens = tl.maximum(tl.minimum(end - start, SEGMENT), 0)
+    is_last = (start <= end) & (start + SEGMENT >= end) & ((start < end) | (index == 0))
+    return row, document, start, tokens, index == 0, is_last
+
+
+@triton.jit
+def _silu_gradient(gradient, x):
+    y = x.to(tl.float32)
+    share = tl.sigmoid(y)
+    return gradient * share * (1.0 + y * (1.0 - share))
+
+
+@triton.jit
+def _tile(X, row, t, h, e, C: tl.constexpr, E: tl.constexpr):
+    """[C, E] of tokens t.. and channels e.. through a descriptor over [B, T, H, D]; zero beyond its ends."""
+    return X.load([row, t, h, e]).reshape(C, E)
+
+
+@triton.jit
+def _dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a b, float32. PRECISION: tl.dot's input_precision, or "upcast" in the interpreter, which multiplies no bf16."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def _head(x, n, C: tl.constexpr):
+    """x with the rows from n on zeroed."""
+    return tl.where((tl.arange(0, C) < n)[:, None], x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _decays(s, n, C: tl.constexpr, REVERSE: tl.constexpr):
+    """Of a chunk of n <= C tokens: of pairs [C (j), C (i)], of the state read by i [C], of j towards the next state [C]."""
+    i = tl.arange(0, C)
+    if REVERSE:
+        distance = i[:, None] - i[None, :]
+        reading = n - 1 - i
+        leaving = i + 1
+    else:
+        distance = i[None, :] - i[:, None]
+        reading = i + 1
+        leaving = n - 1 - i
+    pairs = tl.where(distance >= 0, tl.exp2(-s * tl.maximum(distance, 0).to(tl.float32)), 0.0)
+    read = tl.exp2(-s * tl.maximum(reading, 0).to(tl.float32))
+    left = tl.exp2(-s * tl.maximum(leaving, 0).to(tl.float32))
+    return pairs, read, left
+
+
+@triton.jit
+def _slot(Cu, document, T, SAVE, index, VARLEN: tl.constexpr):
+    """Place of the state that is saved before token index * SAVE of a document, int64."""
+    if VARLEN:
+        return tl.load(Cu + document).to(tl.int64) // SAVE + document + index
+    return (document * tl.maximum(tl.cdiv(T, SAVE), 1) + index).to(tl.int64)
+
+
+@triton.jit
+def _advance(a, b, v, state, pairs, read, left, whole, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """(out, next state) of one chunk, float32, both transposed: [BV, C] and [BV, DP].
+
+    The state is then the left operand of its product and stays in registers. EXACT: the decayed values enter the state in
+    two 16-bit parts, so that the rounding of the state as an operand is that path's only error beside the output's own.
+    """
+    scores = _dot(b, tl.trans(a), None, PRECISION) * pairs
+    out = _dot(state.to(a.dtype), tl.trans(a), None, PRECISION)
+    turned = tl.trans(v)
+    out = _dot(turned, scores.to(v.dtype), out * read[None, :], PRECISION)
+    decayed = turned * left[None, :]
+    leading = decayed.to(v.dtype)
+    state = _dot(leading, b, state * whole, PRECISION)
+    if EXACT:
+        state = _dot((decayed - leading.to(tl.float32)).to(v.dtype), b, state, PRECISION)
+    return out, state
+
+
+@triton.jit
+def _chunk(
+    A,
+    B_,
+    V,
+    x_rows,
+    x_inside,
+    row,
+    t,
+    h,
+    e,
+    n,
+    state,
+    pairs,
+    read,
+    left,
+    whole,
+    C: tl.constexpr,
+    DP: tl.constexpr,
+    BV: tl.constexpr,
+    RAGGED: tl.constexpr,
+    ACTIVATE_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """(out, next state) of the n tokens from t on; all C of them unless RAGGED."""
+    a = _tile(A, row, t, h, 0, C, DP)
+    b = _tile(B_, row, t, h, 0, C, DP)
+    v = _tile(V, row, t, h, e, C, BV)
+    if RAGGED:
+        b = _head(b, n, C)
+        v = _head(v, n, C)
+    if ACTIVATE_OUT:
+        # Read before the products, which hide its latency; the pipeline prefetches only what products read.
+        x = tl.load(x_rows, mask=x_inside, other=0.0)
+    out, state = _advance(a, b, v, state, pairs, read, left, whole, PRECISION, EXACT)
+    out = tl.trans(out)
+    if ACTIVATE_OUT:
+        out = _silu_gradient(out, x)
+    return out, state
+
+
+@triton.jit
+def sweep(
+    A,
+    B_,
+    V,
+    XRows,
+    Out,
+    OutRows,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    Slopes,
+    Cu,
+    Entry,
+    Saved,
+    Left,
+    T,
+    H,
+    SEGMENT,
+    SAVE,
+    documents,
+    entry_row,
+    entry_column,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    VARLEN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ENTRY: tl.constexpr,
+    SAVING: tl.constexpr,
+    LEAVING: tl.constexpr,
+    ACTIVATE_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """out of one head, value block and span. Grid: spans * H * ceil(D / BV).
+
+    A, B_: descriptors with blocks [1, C, 1, DP]; V, Out: [1, C, 1, BV]. OutRows: the tensor behind Out, for chunks that are not
+    full. XRows: what out's input was before SiLU, with the strides of OutRows; with ACTIVATE_OUT its gradient is written.
+    Entry: states, float32 [., H, D, D], that the spans (ENTRY = 2) or documents (1) start from; element (row, column) of
+    the sweep's own state lies at row * entry_row + column * entry_column. ENTRY = 0: zero.
+    Saved: [., H, D, D], the state before every SAVE-th token of a document. SAVE is a multiple of C.
+    Left: [documents, H, D, D], the state after the last token of a document in the direction of the sweep.
+    """
+    BLOCKS: tl.constexpr = (D + BV - 1) // BV
+    pid = tl.program_id(0)
+    w = pid // (H * BLOCKS)
+    h = pid // BLOCKS % H
+    e = pid % BLOCKS * BV
+    row, document, start, tokens, is_first, is_last = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
+    channels = tl.arange(0, DP)
+    columns = e + tl.arange(0, BV)
+    inside = (columns < D)[:, None] & (channels < D)[None, :]
+    places = columns[:, None] * entry_column + channels[None, :] * entry_row
+    base = row.to(tl.int64) * stride_ob + h * stride_oh + columns[None, :]
+    out_rows = OutRows + base
+    x_rows = XRows + base
+    x_inside = (columns < D)[None, :] & (tl.arange(0, C) < C)[:, None]
+    i = tl.arange(0, C)
+
+    if VARLEN:
+        if document == documents:
+            zeros = tl.zeros([C, BV], tl.float32).to(OutRows.dtype.element_ty)
+            for t in range(0, tokens, C):
+                rows = (start + t + i).to(tl.int64)
+                tl.store(
+                    out_rows + rows[:, None] * stride_ot,
+                    zeros,
+                    mask=((t + i) < tokens)[:, None] & (columns < D)[None, :],
+                )
+            tokens = 0
+            is_first = False
+            is_last = False
+
+    begins = is_first
+    ends = is_last
+    if REVERSE:
+        begins = is_last
+        ends = is_first
+    state = tl.zeros([BV, DP], tl.float32)
+    if ENTRY == 1:
+        state = tl.load(Entry + (document.to(tl.int64) * H + h) * D * D + places, mask=inside & begins, other=0.0)
+    if ENTRY == 2:
+        state = tl.load(
+            Entry + (w.to(tl.int64) * H + h) * D * D + places, mask=inside & ((tokens > 0) | begins), other=0.0
+        )
+
+    s = tl.load(Slopes + h) * LOG2_E
+    whole = tl.exp2(-s * C)
+    full = tokens // C * C
+    if REVERSE:
+        # 1 to C tokens of the last chunk stay: a branch around a product before the loop makes ptxas serialise all of them
+        full = tl.maximum(tl.cdiv(tokens, C) - 1, 0) * C
+    rest = tokens - full
+    last = (start + full + i).to(tl.int64)[:, None] * stride_ot
+    kept = (i < rest)[:, None] & (columns < D)[None, :]
+
+    if REVERSE:
+        pairs, read, left = _decays(s, rest, C, REVERSE)
+        out, state = _chunk(
+            A, B_, V, x_rows + last, kept, row, start + full, h, e, rest, state, pairs, read, left, tl.exp2(-s * rest),
+            C, DP, BV, True, ACTIVATE_OUT, PRECISION, EXACT,
+        )  # fmt: skip
+        tl.store(out_rows + last, out.to(OutRows.dtype.element_ty), mask=kept)
+
+    pairs, read, left = _decays(s, C, C, REVERSE)
+    for saved in range(0, tl.maximum(full, 1), SAVE):
+        if SAVING:
+            slot = _slot(Cu, document, T, SAVE, saved // SAVE, VARLEN)
+            tl.store(Saved + (slot * H + h) * D * D + places, state, mask=inside & (tokens > 0))
+        for t0 in tl.range(saved, tl.minimum(saved + SAVE, full), C, num_stages=STAGES):
+            t = start + t0
+            if REVERSE:
+                t = start + full - C - t0
+            out, state = _chunk(
+                A, B_, V, x_rows + (t + i).to(tl.int64)[:, None] * stride_ot, x_inside, row, t, h, e, C, state, pairs, read, left, whole,
+                C, DP, BV, False, ACTIVATE_OUT, PRECISION, EXACT,
+            )  # fmt: skip
+            Out.store([row, t, h, e], out.to(OutRows.dtype.element_ty).reshape(1, C, 1, BV))
+
+    if not REVERSE:
+        if rest > 0:
+            if SAVING:
+                if (full > 0) & (full % SAVE == 0):
+                    slot = _slot(Cu, document, T, SAVE, full // SAVE, VARLEN)
+                    tl.store(Saved + (slot * H + h) * D * D + places, state, mask=inside)
+            pairs, read, left = _decays(s, rest, C, REVERSE)
+            out, state = _chunk(
+                A, B_, V, x_rows + last, kept, row, start + full, h, e, rest, state, pairs, read, left, tl.exp2(-s * rest),
+                C, DP, BV, True, ACTIVATE_OUT, PRECISION, EXACT,
+            )  # fmt: skip
+            tl.store(out_rows + last, out.to(OutRows.dtype.element_ty), mask=kept)
+
+    if LEAVING:
+        tl.store(Left + (document.to(tl.int64) * H + h) * D * D + places, state, mask=inside & ends)
+
+
+@triton.jit
+def local_states(
+    B_,
+    V,
+    Slopes,
+    Cu,
+    States,
+    T,
+    H,
+    SEGMENT,
+    documents,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    VARLEN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    EVERY: tl.constexpr,
+    HORIZON: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """States[w, h] float32 [D, D] that span w alone leaves behind (REVERSE: the gradient before it). Grid as in `sweep`.
+
+        sum_j e^{-s(n-1-j)} b_j^T v_j   forward           sum_j e^{-s(j+1)} b_j^T v_j   REVERSE
+
+    Spans that no other span of their document follows are left out, and their States unwritten, unless EVERY.
+    HORIZON: chunks whose every weight is exactly zero in float32 are not read; they would add exact zeros.
+    """
+    BLOCKS: tl.constexpr = (D + BV - 1) // BV
+    pid = tl.program_id(0)
+    w = pid // (H * BLOCKS)
+    h = pid // BLOCKS % H
+    e = pid % BLOCKS * BV
+    row, document, start, tokens, is_first, is_last = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
+    needed = (document < documents) & (tokens > 0)
+    if not EVERY:
+        if REVERSE:
+            needed = needed & (is_first == 0)
+        else:
+            needed = needed & (is_last == 0)
+    if needed:
+        s = tl.load(Slopes + h) * LOG2_E
+        low = 0
+        high = tokens
+        if HORIZON:
+            # 2^-150 rounds to zero in float32, denormals included
+            reach = tl.minimum(150.0 / tl.maximum(s, 1e-30) + 2.0, 1e9).to(tl.int32)
+            if REVERSE:
+                high = tl.minimum(tokens, reach)
+            else:
+                low = tl.maximum(tokens - reach, 0) // C * C
+        i = tl.arange(0, C)
+        state = tl.zeros([DP, BV], tl.float32)
+        for t in tl.range(low, high, C, num_stages=STAGES):
+            j = t + i
+            if REVERSE:
+                gap = j + 1
+            else:
+                gap = tokens - 1 - j
+            weight = tl.where(j < tokens, tl.exp2(-s * tl.maximum(gap, 0).to(tl.float32)), 0.0)
+            b = _head(_tile(B_, row, start + t, h, 0, C, DP), tokens - t, C)
+            v = _head(_tile(V, row, start + t, h, e, C, BV), tokens - t, C)
+            state = _dot(tl.trans(b), (v * weight[:, None]).to(v.dtype), state, PRECISION)
+        channels = tl.arange(0, DP)
+        columns = e + tl.arange(0, BV)
+        places = (w.to(tl.int64) * H + h) * D * D + channels[:, None] * D + columns[None, :]
+        tl.store(States + places, state, mask=(channels < D)[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def scan_states(
+    States,
+    Initial,
+    Left,
+    Slopes,
+    Cu,
+    T,
+    H,
+    SEGMENT,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VARLEN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LEAVING: tl.constexpr,
+):
+    """Turn what spans leave behind (`local_states`) into what enters them, in place. Grid: documents * H * D * D / BLOCK.
+
+    Initial: float32 [documents, H, D, D], entering each document (REVERSE: the gradient of its final state).
+    Left: what leaves each document; LEAVING needs the States of every span.
+    """
+    BLOCKS: tl.constexpr = D * D // BLOCK
+    pid = tl.program_id(0)
+    document = pid // (H * BLOCKS)
+    h = pid // BLOCKS % H
+    element = (document.to(tl.int64) * H + h) * D * D + pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    length = T
+    first = (document * tl.maximum(tl.cdiv(T, SEGMENT), 1)).to(tl.int64)
+    if VARLEN:
+        begin = tl.load(Cu + document).to(tl.int32)
+        length = tl.load(Cu + document + 1).to(tl.int32) - begin
+        first = (begin // SEGMENT + document).to(tl.int64)
+    spans = tl.maximum(tl.cdiv(length, SEGMENT), 1)
+    s = tl.load(Slopes + h) * LOG2_E
+    state = tl.zeros([BLOCK], tl.float32)
+    if INITIAL:
+        state = tl.load(Initial + element)
+    States += (first - document) * H * D * D
+    for step in range(0, spans):
+        index = step
+        if REVERSE:
+            index = spans - 1 - step
+        place = States + index.to(tl.int64) * H * D * D + element
+        known = step + 1 < spans
+        if LEAVING:
+            known = length > 0
+        left = tl.load(place, mask=(element >= 0) & known, other=0.0)
+        tl.store(place, state)
+        tokens = tl.minimum(length - index * SEGMENT, SEGMENT)
+        state = state * tl.exp2(-s * tokens.to(tl.float32)) + left
+    if LEAVING:
+        tl.store(Left + element, state)
