@@ -128,16 +128,18 @@ def test_forks_share_full_blocks_and_go_their_own_ways(prefix, in_place, monkeyp
 
 
 def test_slots_are_refilled_without_a_trace_of_the_past():
-    cache = make(slots=3, blocks=5)
-    for _ in range(2):
+    cache = make()
+    for _ in range(4):
         cache.add(80)
-    cache.add(20)
-    prefill(cache, 0, [(1, 0, 70), (2, 0, 3), (3, 0, 6)])
-    cache.remove(0)  # sequence 3 moves to slot 0
-    assert cache.lengths == [6, 3]
+    prefill(cache, 0, [(1, 0, 70), (2, 0, 3), (3, 0, 6), (6, 0, 5)])
+    cache.remove(0)  # sequence 6 moves to slot 0
+    cache.remove(2)
+    assert cache.lengths == [5, 3]
     cache.add(80)
-    prefill(cache, 2, [(4, 0, 2)])
-    decode(cache, [(3, 6), (2, 3), (4, 2)])
+    cache.add(20)
+    prefill(cache, 2, [(4, 0, 64)])
+    prefill(cache, 2, [(4, 64, 66), (5, 0, 2)])
+    decode(cache, [(6, 5), (2, 3), (4, 66), (5, 2)])
 
 
 def test_a_pass_of_padding_alone_touches_nothing():
