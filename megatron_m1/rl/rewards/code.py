@@ -1,7 +1,6 @@
 """Code reward: hidden tests in the sandbox. The expected results never enter it."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -12,7 +11,7 @@ from megatron_m1.rl.rewards.sandbox import Sandbox, SandboxLimits
 
 __all__ = ["CodeReward", "last_code_block"]
 
-BLOCK = re.compile(r"^```(?:python|py|python3)?[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL | re.IGNORECASE)
+FENCE, LANGUAGES = "```", ("", "python", "py", "python3")
 
 
 class CodeReward:
@@ -21,7 +20,8 @@ class CodeReward:
     A test is {"stdin": text, "stdout": text} (compared line by line, without trailing white space) or {"function": name,
     "arguments": [...], "expected": value} (compared as JSON values, so tuples are lists). Each runs in a sandbox of its
     own that holds the program and this one input; results are compared out here, where the program cannot read or change
-    them. The first test that fails ends the run. limits: see SandboxLimits, per test.
+    them. The first test that fails ends the run. limits: see SandboxLimits, per test; the pool's timeout_s
+    must cover all tests of a task.
     Raises SandboxUnavailable when made on a machine without a sandbox. A run that the sandbox fails is a reward_error.
     """
 
@@ -63,9 +63,17 @@ class CodeReward:
 
 
 def last_code_block(text: str) -> str | None:
-    """Content of the last whole ``` block that is Python or names no language; None without one."""
-    blocks = BLOCK.findall(text)
-    return blocks[-1] if blocks else None
+    """Content of the last whole ``` block that is Python or names no language; None without one. Linear in the text."""
+    found, language, lines = None, None, []
+    for line in text.split("\n"):
+        if language is None and line.startswith(FENCE):
+            language, lines = line[len(FENCE) :].strip().lower(), []
+        elif language is not None and line.rstrip() == FENCE:
+            found = "\n".join([*lines, ""]) if language in LANGUAGES else found
+            language = None
+        else:
+            lines.append(line)
+    return found
 
 
 def _lines(text: str) -> list[str]:

@@ -156,7 +156,7 @@ def _run(python: Path, limits: SandboxLimits, source: str, *, stdin: bytes, func
     uid = FIRST_UID + secrets.randbelow(UIDS) if os.geteuid() == 0 else None
     ready, ready_inside = os.pipe()
     lifeline_inside, lifeline = os.pipe()
-    sealed = [_memory_file(data) for data in (HARNESS.read_bytes(), source.encode(), filter_program())]
+    sealed = [_memory_file(data) for data in (HARNESS.read_bytes(), source.encode(errors="replace"), filter_program())]
     given = _memory_file(stdin)
     options = {
         "limits": {

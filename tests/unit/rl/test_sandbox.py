@@ -194,6 +194,7 @@ def block(source: str) -> str:
         (f"<think>{ADD}", CALLS, 0, 0.0),
         (block("def other(): pass"), CALLS, 0, 0.0),
         (block("syntax error"), CALLS, 0, 0.0),
+        (block("x = '\ud800 \0'"), CALLS, 0, 0.0),
         (block("def add(a, b):\n    while True: pass"), CALLS, 0, 0.0),
         (block("def add(a, b):\n    return object()"), CALLS, 0, 0.0),
         (block("import sys\nsys.exit(0)"), CALLS, 0, 0.0),
@@ -268,6 +269,9 @@ def test_killing_a_worker_ends_its_sandbox():
 def test_last_code_block():
     assert last_code_block("```python\na\n```\ntext\n```\nb\n```") == "b\n"
     assert last_code_block("```cpp\na\n```") is None
+    assert last_code_block("```python\na\n```\n```cpp\nb\n```") == "a\n"
+    assert last_code_block("```python\na\n```\n```python\nb") == "a\n"
+    assert last_code_block("```python\n" * 200_000) is None
     assert last_code_block("```python\na") is None
     assert last_code_block("no code") is None
     with pytest.raises(ValueError, match="limits"):
