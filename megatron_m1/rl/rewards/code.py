@@ -64,7 +64,9 @@ class CodeReward:
 
 def last_code_block(text: str) -> str | None:
     """Content of the last whole ``` block that is Python or names no language; None without one. Linear in the text."""
-    found, language, lines = None, None, []
+    found: str | None = None
+    language: str | None = None
+    lines: list[str] = []
     for line in text.split("\n"):
         if language is None and line.startswith(FENCE):
             language, lines = line[len(FENCE) :].strip().lower(), []

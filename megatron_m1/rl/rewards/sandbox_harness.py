@@ -69,4 +69,5 @@ def run(source: str, function: str | None) -> None:
         output.write(result)
 
 
-main()
+if __name__ == "__main__":
+    main()
