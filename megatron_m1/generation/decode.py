@@ -107,7 +107,8 @@ def _experts(layer: torch.nn.Module, y: Tensor, groups: ProcessGroupCollection, 
         record(layer.layer_number, chosen)
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=len(experts.fc1))
+    # Not bincount, which waits for the device.
+    counts = flat.new_zeros(len(experts.fc1)).scatter_add_(0, flat, torch.ones_like(flat))
     gate_up = grouped_product(y.index_select(0, order // router.topk), experts.fc1.flatten(1, 2), counts)
     gate, up = gate_up.chunk(2, dim=-1)
     shares = scores.softmax(dim=-1).flatten()[order].to(y.dtype).unsqueeze(-1)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
 
 from megatron_m1.generation.cache import BLOCK_TOKENS, HybridCache, blocks_for
 from megatron_m1.generation.decode import local_experts
@@ -29,7 +30,7 @@ class Engine:
 
     def __init__(
         self,
-        models: M1Model | Sequence[M1Model],
+        models: nn.Module | Sequence[nn.Module],
         groups: ProcessGroupCollection,
         *,
         slots: int,
@@ -38,7 +39,8 @@ class Engine:
         record_routing: bool = False,
         logprob_temperature: float = 1.0,
     ) -> None:
-        """models: this rank's chunks, out of core's wrappers; sequence parallelism is switched off while they generate.
+        """models: this rank's chunks, in core's wrappers or out of them, with all their weights in place (no parameter gather under
+        way); sequence parallelism is switched off while they generate.
 
         slots: sequences at a time on one data-parallel rank; the next one starts when one ends. prefill_tokens: prompt tokens of
         a pass at most, a multiple of 64, so that chunks of a prompt end where those of training do. cache_tokens: tokens of keys
@@ -46,7 +48,7 @@ class Engine:
         logprob_temperature: of the log-probabilities that are reported, as the trainer that uses them scores.
         """
         assert slots >= 1 and prefill_tokens % BLOCK_TOKENS == 0 and prefill_tokens > 0
-        self.models = [models] if isinstance(models, M1Model) else list(models)
+        self.models: list[M1Model] = unwrap_model(list(models) if isinstance(models, Sequence) else [models])
         self.groups, self.slots = groups, slots
         self.prefill_tokens, self.cache_tokens, self.record_routing = prefill_tokens, cache_tokens, record_routing
         self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
 
 from megatron_m1.generation.requests import Request, Result, Running
 from megatron_m1.generation.routing import RoutingRecord
@@ -30,7 +31,7 @@ class ReferenceEngine:
 
     def __init__(
         self,
-        models: M1Model | Sequence[M1Model],
+        models: nn.Module | Sequence[nn.Module],
         groups: ProcessGroupCollection,
         *,
         tokens: int,
@@ -39,7 +40,7 @@ class ReferenceEngine:
     ) -> None:
         """tokens: length of every pass, a multiple of 64; no request may grow longer. The rest as in `Engine`."""
         assert tokens % 64 == 0 and tokens > 0
-        self.models = [models] if isinstance(models, M1Model) else list(models)
+        self.models: list[M1Model] = unwrap_model(list(models) if isinstance(models, Sequence) else [models])
         self.groups, self.tokens, self.record_routing = groups, tokens, record_routing
         self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature)
         self.lock_step = groups.tp.size() % groups.tp_ep.size() != 0
