@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="few shapes, for a first look")
     made.add_argument("--repeat-ms", type=float, default=60.0, help="device time to spend on the repeats of one row")
     made.add_argument("--call-limit-ms", type=float, default=800.0, help="rows predicted to take longer are not run")
-    made.add_argument("--time-limit-s", type=float, default=540.0, help="rows left by then are named, not run")
+    made.add_argument("--time-limit-s", type=float, default=360.0, help="rows left by then are named, not run")
     made.add_argument("--output", type=Path)
     made.add_argument("--resume", type=Path, metavar="FILE", help="run what FILE lacks and add it there")
     return made

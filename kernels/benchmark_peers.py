@@ -11,7 +11,21 @@ from m1_kernels.dispatch import lightning_attention, lightning_attention_packed
 from m1_kernels.pointwise import gated_rms_norm
 from m1_kernels.softmax import softmax_attention
 
-__all__ = ["CONTENDERS", "Attention", "Contender", "Documents", "load", "own_block", "peer_block", "versions"]
+__all__ = [
+    "CONTENDERS",
+    "Attention",
+    "Block",
+    "Contender",
+    "Documents",
+    "Step",
+    "fla_step",
+    "load",
+    "own_block",
+    "own_step",
+    "peer_block",
+    "plain_step",
+    "versions",
+]
 
 NORM_EPS = 1e-6
 
@@ -132,12 +146,16 @@ def load[T](loader: Callable[[], T], requirement: str) -> T | str:
         return f"{requirement} does not load ({type(error).__name__}: {error})"
 
 
-def own_step(q, k, v, state, slopes):
+def own_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, slopes: torch.Tensor
+) -> torch.Tensor:
     """Ours, which moves `state` on."""
     return lightning_attention_step(q, k, v, state, slopes)
 
 
-def plain_step(q, k, v, state, slopes):
+def plain_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor, slopes: torch.Tensor
+) -> torch.Tensor:
     """The definition, in float32; `state` stays."""
     q, k, v = q.float(), k.float(), v.float()
     state = torch.exp(-slopes)[:, None, None] * state + k[..., :, None] * v[..., None, :]
@@ -171,7 +189,7 @@ def versions(*packages: str) -> dict[str, str]:
 Block = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def own_block(qkv, gate, weight, slopes):
+def own_block(qkv: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """Ours: SiLU inside the attention, norm and gate in one operator."""
     o = lightning_attention_packed(qkv, slopes)
     return gated_rms_norm(o.flatten(2), gate, weight, NORM_EPS)

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.output_dir or options.file.parent
     folder.mkdir(parents=True, exist_ok=True)
     for section in dict.fromkeys(row.section for row in report.rows if row.ms is not None):
-        output = folder / f"{options.file.stem}_{section}.png"
+        output = folder / f"{options.file.stem}_{section.replace(' ', '_')}.png"
         draw(report, section, output)
         print(output)
     return 0
