@@ -27,7 +27,6 @@ CHUNK = 64
 """Tokens of a chunk in half precision: where a prefill may be cut with bitwise equal results."""
 SEGMENT = 4096
 """Tokens of a span under strategy="segmented"; results depend on it in the last bits."""
-EXACT = True
 WHOLE = 2**30
 """Tokens of a span that no document reaches."""
 
@@ -69,7 +68,7 @@ def lightning_attention_packed_triton(
     activation: str | None = "silu",
     strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As `lightning_attention_packed`: the activation is computed where tiles are read, and its gradient where they are written."""
+    """As `lightning_attention_packed`. SiLU is a pass of its own each way: inside the sweeps it costs more (see LOG.md)."""
     o, final_state = _PackedAttention.apply(qkv, slopes, initial_state, cu_seqlens, activation == "silu", strategy)
     return (o, final_state) if return_final_state else o
 
@@ -89,7 +88,7 @@ def lightning_state_triton(
     horizon: tokens whose weight is exactly zero in float32 are not read; False reads them, with bitwise equal results.
     """
     call = _Call.of(k, slopes, cu_seqlens)
-    segment = segment or call.segment(programs=call.blocks)
+    segment = segment or call.segment(1)
     states = call.states(segment)
     call.local_states(states, k, v, segment, reverse=reverse, every=True, horizon=horizon)
     left = torch.zeros(call.documents, call.heads, call.dim, call.dim, dtype=torch.float32, device=k.device)
@@ -157,11 +156,12 @@ class _Call:
             return self.batch * max(1, -(-self.tokens // segment))
         return self.tokens // segment + self.documents + 1
 
-    def segment(self, programs: int) -> int:
-        """Tokens of a span so that spans * heads * programs about fill the device once; WHOLE if documents alone do."""
-        if self.documents * self.heads * programs >= 0.8 * self.processors:
+    def segment(self, per_processor: int) -> int:
+        """Tokens of a span so that each multiprocessor gets about so many programs; WHOLE where documents suffice."""
+        programs = self.heads * self.blocks
+        if self.documents * programs >= 0.8 * per_processor * self.processors:
             return WHOLE
-        spans = max(1, self.processors // (self.heads * programs))
+        spans = max(1, per_processor * self.processors // programs)
         return max(CHUNK * 4, -(-self.batch * self.tokens // (spans * CHUNK)) * CHUNK)
 
     def states(self, segment: int) -> torch.Tensor:
@@ -179,6 +179,7 @@ class _Call:
             "DP": self.padded_dim,
             "VARLEN": self.cu_seqlens is not None,
             "PRECISION": _precision(self.dtype),
+            "EXACT": self.dtype != torch.float32,
         }
 
     def sweep(
@@ -196,7 +197,6 @@ class _Call:
         saved: torch.Tensor | None = None,
         save: int = WHOLE,
         left: torch.Tensor | None = None,
-        pre_activation: torch.Tensor | None = None,
     ) -> None:
         """Launch `triton_lightning.sweep`; transposed: the states in memory are the transposes of the sweep's."""
         from m1_kernels import triton_lightning
@@ -207,14 +207,13 @@ class _Call:
         states = (1, self.dim) if transposed else (self.dim, 1)
         absent = self.slopes
         triton_lightning.sweep[(self.spans(segment) * self.heads * self.blocks,)](
-            self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow),
-            out if pre_activation is None else pre_activation, self.descriptor(out, *narrow),
+            self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow), self.descriptor(out, *narrow),
             out, *out.stride()[:3], self.slopes, absent if self.cu_seqlens is None else self.cu_seqlens,
             absent if entry is None else entry, absent if saved is None else saved, absent if left is None else left,
             self.tokens, self.heads, segment, save, self.documents, *states,
             BV=tile.values, C=tile.chunk, REVERSE=reverse, ENTRY=0 if entry is None else 1 + entry_per_span,
             SAVING=saved is not None, LEAVING=left is not None,
-            ACTIVATE_OUT=pre_activation is not None, EXACT=EXACT and self.dtype != torch.float32, STAGES=tile.stages, num_warps=tile.warps, **self._common(),
+            STAGES=tile.stages, num_warps=tile.warps, **self._common(),
         )  # fmt: skip
 
     def local_states(self, states, b, v, segment, *, reverse, every=False, horizon=True) -> None:
@@ -259,11 +258,12 @@ class _Plan:
     def of(cls, call: _Call, strategy: str) -> "_Plan":
         if strategy == "segmented":
             return cls(SEGMENT, SEGMENT, SEGMENT)
-        save = min(SEGMENT, call.segment(programs=2 * call.blocks))
+        save = min(SEGMENT, call.segment(2))
         if strategy == "fused":
             return cls(WHOLE, save, WHOLE)
-        forward = call.segment(programs=call.blocks)
-        return cls(forward, save if forward == WHOLE else forward, call.segment(programs=call.blocks))
+        # Two programs share a multiprocessor and hide each other's waits; the forward sweep's states would cost a pass over k and v.
+        forward = call.segment(1)
+        return cls(forward, save if forward == WHOLE else forward, call.segment(2))
 
 
 class _Attention(torch.autograd.Function):
@@ -314,8 +314,10 @@ class _PackedAttention(torch.autograd.Function):
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
         dinitial = _backward(
             ctx.call, ctx.plan, q, k, v, do, dfinal, *dqkv.split(ctx.call.dim, dim=-1), states,
-            initial=initial_state is not None, raw=qkv.split(ctx.call.dim, dim=-1) if ctx.activate else None,
+            initial=initial_state is not None,
         )  # fmt: skip
+        if ctx.activate:
+            torch.ops.aten.silu_backward.grad_input(dqkv, qkv, grad_input=dqkv)
         return dqkv, None, dinitial, None, None, None
 
 
@@ -342,8 +344,8 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
     return final_state, states if saving else None
 
 
-def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, states, *, initial: bool, raw=None):
-    """Write dq, dk, dv (of `raw`, if given); returns the gradient of the initial state [S, H, D, D] if `initial`."""
+def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, states, *, initial: bool):
+    """Write dq, dk, dv; returns the gradient of the initial state [S, H, D, D] if `initial`."""
     dinitial = (
         torch.empty(call.documents, call.heads, call.dim, call.dim, dtype=torch.float32, device=call.device)
         if initial
@@ -357,8 +359,7 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, states,
         return dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     call.sweep(
-        do, v, k, dq, segment=plan.save, entry=states, entry_per_span=True, transposed=True,
-        pre_activation=raw and raw[0],
+        do, v, k, dq, segment=plan.save, entry=states, entry_per_span=True, transposed=True
     )  # fmt: skip
     entry, per_span = dfinal, False
     if plan.backward != WHOLE:
@@ -366,8 +367,8 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, states,
         call.local_states(entry, q, do, plan.backward, reverse=True)
         call.scan(entry, plan.backward, dfinal, None, reverse=True)
     options: dict[str, Any] = {"segment": plan.backward, "reverse": True, "entry": entry, "entry_per_span": per_span}
-    call.sweep(k, q, do, dv, left=dinitial, pre_activation=raw and raw[2], **options)
-    call.sweep(v, do, q, dk, transposed=True, pre_activation=raw and raw[1], **options)
+    call.sweep(k, q, do, dv, left=dinitial, **options)
+    call.sweep(v, do, q, dk, transposed=True, **options)
     return dinitial
 
 

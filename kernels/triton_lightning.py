@@ -50,13 +50,6 @@ def _locate(w, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _silu_gradient(gradient, x):
-    y = x.to(tl.float32)
-    share = tl.sigmoid(y)
-    return gradient * share * (1.0 + y * (1.0 - share))
-
-
-@triton.jit
 def _tile(X, row, t, h, e, C: tl.constexpr, E: tl.constexpr):
     """[C, E] of tokens t.. and channels e.. through a descriptor over [B, T, H, D]; zero beyond its ends."""
     return X.load([row, t, h, e]).reshape(C, E)
@@ -126,8 +119,6 @@ def _chunk(
     A,
     B_,
     V,
-    x_rows,
-    x_inside,
     row,
     t,
     h,
@@ -142,7 +133,6 @@ def _chunk(
     DP: tl.constexpr,
     BV: tl.constexpr,
     RAGGED: tl.constexpr,
-    ACTIVATE_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -153,14 +143,8 @@ def _chunk(
     if RAGGED:
         b = _head(b, n, C)
         v = _head(v, n, C)
-    if ACTIVATE_OUT:
-        # Read before the products, which hide its latency; the pipeline prefetches only what products read.
-        x = tl.load(x_rows, mask=x_inside, other=0.0)
     out, state = _advance(a, b, v, state, pairs, read, left, whole, PRECISION, EXACT)
-    out = tl.trans(out)
-    if ACTIVATE_OUT:
-        out = _silu_gradient(out, x)
-    return out, state
+    return tl.trans(out), state
 
 
 @triton.jit
@@ -168,7 +152,6 @@ def sweep(
     A,
     B_,
     V,
-    XRows,
     Out,
     OutRows,
     stride_ob,
@@ -195,7 +178,6 @@ def sweep(
     ENTRY: tl.constexpr,
     SAVING: tl.constexpr,
     LEAVING: tl.constexpr,
-    ACTIVATE_OUT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -203,7 +185,7 @@ def sweep(
     """out of one head, value block and span. Grid: spans * H * ceil(D / BV).
 
     A, B_: descriptors with blocks [1, C, 1, DP]; V, Out: [1, C, 1, BV]. OutRows: the tensor behind Out, for chunks that are not
-    full. XRows: what out's input was before SiLU, with the strides of OutRows; with ACTIVATE_OUT its gradient is written.
+    full.
     Entry: states, float32 [., H, D, D], that the spans (ENTRY = 2) or documents (1) start from; element (row, column) of
     the sweep's own state lies at row * entry_row + column * entry_column. ENTRY = 0: zero.
     Saved: [., H, D, D], the state before every SAVE-th token of a document. SAVE is a multiple of C.
@@ -221,8 +203,6 @@ def sweep(
     places = columns[:, None] * entry_column + channels[None, :] * entry_row
     base = row.to(tl.int64) * stride_ob + h * stride_oh + columns[None, :]
     out_rows = OutRows + base
-    x_rows = XRows + base
-    x_inside = (columns < D)[None, :] & (tl.arange(0, C) < C)[:, None]
     i = tl.arange(0, C)
 
     if VARLEN:
@@ -265,8 +245,8 @@ def sweep(
     if REVERSE:
         pairs, read, left = _decays(s, rest, C, REVERSE)
         out, state = _chunk(
-            A, B_, V, x_rows + last, kept, row, start + full, h, e, rest, state, pairs, read, left, tl.exp2(-s * rest),
-            C, DP, BV, True, ACTIVATE_OUT, PRECISION, EXACT,
+            A, B_, V, row, start + full, h, e, rest, state, pairs, read, left, tl.exp2(-s * rest),
+            C, DP, BV, True, PRECISION, EXACT,
         )  # fmt: skip
         tl.store(out_rows + last, out.to(OutRows.dtype.element_ty), mask=kept)
 
@@ -280,8 +260,8 @@ def sweep(
             if REVERSE:
                 t = start + full - C - t0
             out, state = _chunk(
-                A, B_, V, x_rows + (t + i).to(tl.int64)[:, None] * stride_ot, x_inside, row, t, h, e, C, state, pairs, read, left, whole,
-                C, DP, BV, False, ACTIVATE_OUT, PRECISION, EXACT,
+                A, B_, V, row, t, h, e, C, state, pairs, read, left, whole,
+                C, DP, BV, False, PRECISION, EXACT,
             )  # fmt: skip
             Out.store([row, t, h, e], out.to(OutRows.dtype.element_ty).reshape(1, C, 1, BV))
 
@@ -293,8 +273,8 @@ def sweep(
                     tl.store(Saved + (slot * H + h) * D * D + places, state, mask=inside)
             pairs, read, left = _decays(s, rest, C, REVERSE)
             out, state = _chunk(
-                A, B_, V, x_rows + last, kept, row, start + full, h, e, rest, state, pairs, read, left, tl.exp2(-s * rest),
-                C, DP, BV, True, ACTIVATE_OUT, PRECISION, EXACT,
+                A, B_, V, row, start + full, h, e, rest, state, pairs, read, left, tl.exp2(-s * rest),
+                C, DP, BV, True, PRECISION, EXACT,
             )  # fmt: skip
             tl.store(out_rows + last, out.to(OutRows.dtype.element_ty), mask=kept)
 
@@ -322,6 +302,7 @@ def local_states(
     EVERY: tl.constexpr,
     HORIZON: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """States[w, h] float32 [D, D] that span w alone leaves behind (REVERSE: the gradient before it). Grid as in `sweep`.
@@ -365,7 +346,11 @@ def local_states(
             weight = tl.where(j < tokens, tl.exp2(-s * tl.maximum(gap, 0).to(tl.float32)), 0.0)
             b = _head(_tile(B_, row, start + t, h, 0, C, DP), tokens - t, C)
             v = _head(_tile(V, row, start + t, h, e, C, BV), tokens - t, C)
-            state = _dot(tl.trans(b), (v * weight[:, None]).to(v.dtype), state, PRECISION)
+            weighted = v * weight[:, None]
+            leading = weighted.to(v.dtype)
+            state = _dot(tl.trans(b), leading, state, PRECISION)
+            if EXACT:
+                state = _dot(tl.trans(b), (weighted - leading.to(tl.float32)).to(v.dtype), state, PRECISION)
         channels = tl.arange(0, DP)
         columns = e + tl.arange(0, BV)
         places = (w.to(tl.int64) * H + h) * D * D + channels[:, None] * D + columns[None, :]
