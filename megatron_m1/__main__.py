@@ -2,6 +2,7 @@
 
 commands:
   pretrain --config FILE [--key value ...]   train; with --dry-run [--world-size N] only say what would be done
+  rl --config FILE [--key value ...]         reinforcement learning from a checkpoint
   generate --checkpoint DIR --prompts FILE.jsonl --output FILE.jsonl [options]
   equality [--ranks N]                       table of every parallel layout against one rank
   doctor                                     what is installed, which backends are used, and why
@@ -62,6 +63,10 @@ def _dispatch(command: str, options: list[str]) -> int:
         from megatron_m1.pretrain import main as pretrain
 
         pretrain(options)
+    elif command == "rl":
+        from megatron_m1.rl.loop import main as rl
+
+        rl(options)
     elif command == "generate":
         from megatron_m1.generation import main as generate
 
@@ -71,7 +76,7 @@ def _dispatch(command: str, options: list[str]) -> int:
 
         return equality(options)
     else:
-        raise ConfigError(f"{command} is not a command; use pretrain, generate, equality or doctor.")
+        raise ConfigError(f"{command} is not a command; use pretrain, rl, generate, equality or doctor.")
     return 0
 
 

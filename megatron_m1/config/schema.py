@@ -17,7 +17,9 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RLConfig",
     "ScheduleConfig",
+    "TaskSource",
     "TrainingConfig",
 ]
 
@@ -240,6 +242,79 @@ class LoggingConfig:
 
 
 @dataclass
+class TaskSource:
+    """Where prompts and their verification come from."""
+
+    kind: Literal["sort", "addition", "reasoning_gym", "file"]
+    """`sort`, `addition`: made up as they are needed, see rl/tasks.py. `reasoning_gym`: a data set of that package. `file`: JSON
+    lines {"prompt", "reward", "task"}, the reward one of exact, format, math, logic, code."""
+    weight: float = 1.0
+    """Share of the prompts, relative to the other sources."""
+    size: int = 4
+    """`sort`: digits to sort. `addition`: digits of each number."""
+    dataset: str | None = None
+    """`reasoning_gym`: name of the data set."""
+    path: str | None = None
+    """`file`: the training file."""
+    held_out_path: str | None = None
+    """`file`: the held-out file."""
+
+
+@dataclass
+class RLConfig:
+    """Reinforcement learning (the `rl` command). `training.steps` counts generation batches, `training.global_batch` the samples of
+    one update, and packs hold `training.micro_batch` * `training.seq_length` tokens. Sampling is at temperature 1."""
+
+    tasks: list[TaskSource] = field(default_factory=list)
+    algorithm: Literal["cispo", "grpo", "dapo", "reinforce", "reinforce_corrected"] = "cispo"
+    """Preset of rl/losses.py; each of the next seven keys that is not null replaces the preset's value."""
+    is_weight_cap: float | None = None
+    """Absolute upper bound of the importance weight (M1's 1 + eps_high)."""
+    is_weight_floor: float | None = None
+    """Absolute lower bound of the importance weight; CISPO has none."""
+    mask_eps_low: float | None = None
+    mask_eps_high: float | None = None
+    """Epsilons of the PPO mask, relative to 1."""
+    correction_cap: float | None = None
+    """Upper bound of the truncated importance correction pi_old / pi_rollout."""
+    normalization: Literal["per_group", "batch_token", "sample", "combined"] | None = None
+    sample_share: float | None = None
+    """Share of `sample` in the normalisation `combined`."""
+    advantage_std: Literal["population", "sample", "none"] = "population"
+    samples_per_prompt: int = 16
+    """Samples of one prompt, whose rewards are compared."""
+    updates_per_batch: int = 16
+    """Optimizer steps per generation batch, each on `training.global_batch` of its samples."""
+    max_new_tokens: int = 1024
+    """Tokens of a response at most."""
+    engine: Literal["fast", "reference"] = "fast"
+    """`reference`: every token by a whole training forward pass, so that on CPU in fp32 training finds the same bits."""
+    slots: int = 64
+    """Sequences generated at a time on one data-parallel rank."""
+    dynamic_sampling: bool = True
+    """Leave out prompts whose samples all have the same reward, and sample others in their place."""
+    refills: int = 2
+    """Further rounds of sampling at most; what is missing then makes the updates smaller."""
+    truncated: Literal["score", "zero", "drop"] = "score"
+    """Responses cut off at `max_new_tokens`: judged as they are, given reward 0, or left out."""
+    overlong_tokens: int = 0
+    """DAPO's soft penalty on the last so many tokens before `max_new_tokens`; 0: none."""
+    reward_workers: int = 2
+    reward_timeout_s: float = 10.0
+    reward_max_error_share: float = 0.05
+    """More rewards than this in error stop the run."""
+    held_out_prompts: int = 0
+    """Prompts of the held-out evaluation before the first and after the last step; 0: none."""
+    held_out_samples: int = 4
+    """Samples of each (the k of avg@k)."""
+    held_out_every_steps: int = 0
+    journal: str | None = None
+    """Directory of the journals, one per step and replica, that keep every sample; a resumed run reads finished ones from there."""
+    pages: bool = True
+    """Write logging.dir/rollouts/step_XXXXXXXX.html."""
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -248,6 +323,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -7,7 +7,7 @@ from megatron_m1.config.errors import ConfigError
 from megatron_m1.config.layout import derived
 from megatron_m1.config.schema import Config, ModelConfig
 
-__all__ = ["validate", "validate_layout"]
+__all__ = ["validate", "validate_layout", "validate_rl"]
 
 RECOMPUTE_MODULES = ("core_attn", "moe")
 _POSITIVE = (
@@ -17,13 +17,16 @@ _POSITIVE = (
     "parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context parallel.expert "
     "parallel.expert_tensor parallel.timeout_s training.micro_batch training.global_batch "
     "training.seq_length training.recompute_layers training.head_chunk_tokens training.exit_after_s optimizer.lr optimizer.eps "
-    "evaluation.batches logging.every_steps logging.peak_tflops moe.capacity_factor schedule.decay_steps"
+    "evaluation.batches logging.every_steps logging.peak_tflops moe.capacity_factor schedule.decay_steps "
+    "rl.samples_per_prompt rl.updates_per_batch rl.max_new_tokens rl.slots rl.reward_workers rl.reward_timeout_s "
+    "rl.held_out_samples"
 ).split()
 _NOT_NEGATIVE = (
     "model.shared_intermediate_size model.rotary_dim model.init_std training.steps training.seed "
     "optimizer.weight_decay optimizer.clip_grad schedule.warmup_steps schedule.constant_steps schedule.min_lr "
     "moe.aux_loss_coefficient moe.z_loss_coefficient data.num_workers data.eod_token_id evaluation.every_steps "
-    "checkpoint.every_steps checkpoint.keep logging.layer_stats_every_steps"
+    "checkpoint.every_steps checkpoint.keep logging.layer_stats_every_steps "
+    "rl.refills rl.overlong_tokens rl.reward_max_error_share rl.held_out_prompts rl.held_out_every_steps"
 ).split()
 
 
@@ -42,6 +45,12 @@ def validate(config: Config, world_size: int) -> None:
             *_checkpoint(config),
         ]
     )
+
+
+def validate_rl(config: Config, world_size: int) -> None:
+    """As `validate`, for the RL stage."""
+    validate(config, world_size)
+    _raise(_rl(config))
 
 
 def validate_layout(config: Config, world_size: int) -> None:
@@ -293,6 +302,46 @@ def _data(config: Config) -> Iterator[str]:
             f"data.eod_token_id={data.eod_token_id} must be below model.vocab_size={config.model.vocab_size}; "
             "take the id from the tokenizer or raise model.vocab_size."
         )
+
+
+def _rl(config: Config) -> Iterator[str]:
+    rl, training = config.rl, config.training
+    if config.data.tokenizer is None:
+        yield "data.tokenizer=null, but prompts are text; name the directory of the model's tokenizer."
+    if not rl.tasks:
+        yield "rl.tasks=[] leaves nothing to learn; name a source, e.g. [{kind: sort}]."
+    for index, source in enumerate(rl.tasks):
+        where = f"rl.tasks[{index}]"
+        if not (source.weight > 0 and math.isfinite(source.weight)):
+            yield f"{where}.weight={source.weight} must be above 0; leave out the sources that are not wanted."
+        needed = {"reasoning_gym": "dataset", "file": "path"}.get(source.kind)
+        if needed and getattr(source, needed) is None:
+            yield f"{where}.kind={source.kind} needs {where}.{needed}; give it."
+        if source.kind == "file" and source.held_out_path is None and rl.held_out_prompts:
+            yield f"{where}.kind=file needs {where}.held_out_path; give it or set rl.held_out_prompts=0."
+        if source.size < 1:
+            yield f"{where}.size={source.size} must be 1 or more."
+    if rl.samples_per_prompt < 2:
+        yield f"rl.samples_per_prompt={rl.samples_per_prompt} leaves nothing to compare a sample with; use 2 or more."
+    if training.global_batch % rl.samples_per_prompt:
+        yield (
+            f"training.global_batch={training.global_batch} (samples per update) must be a multiple of rl.samples_per_prompt="
+            f"{rl.samples_per_prompt}; use {_multiples_near(training.global_batch, rl.samples_per_prompt)}."
+        )
+    if training.batch_ramp:
+        yield "training.batch_ramp has no meaning for rl; leave it out."
+    if rl.max_new_tokens >= training.seq_length:
+        yield (
+            f"rl.max_new_tokens={rl.max_new_tokens} must be below training.seq_length={training.seq_length}, which holds prompt "
+            "and response; lower it or raise training.seq_length."
+        )
+    if rl.overlong_tokens > rl.max_new_tokens:
+        yield (
+            f"rl.overlong_tokens={rl.overlong_tokens} must not exceed rl.max_new_tokens={rl.max_new_tokens}; lower it."
+        )
+    if rl.engine == "reference" and training.seq_length % 64:
+        unit = _multiples_near(training.seq_length, 64)
+        yield f"rl.engine=reference needs training.seq_length={training.seq_length} to be a multiple of 64; use {unit}."
 
 
 def _checkpoint(config: Config) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """A micro-batch as the model takes it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class MicroBatch:
     packed: SequenceParams | None = None
     padding_mask: Tensor | None = None
     """[b, s] bool, True where a token is padding."""
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+    """What a stage's own loss reads, [b, s] each."""
 
     @staticmethod
     def shape(batch: dict[str, Any]) -> tuple[int, int]:
@@ -38,21 +40,28 @@ class MicroBatch:
     ) -> "MicroBatch":
         """This rank's part of the data floor's dict, which is the same on all context-parallel ranks.
 
-        batch: tensors [b, T], optionally cu_seqlens int32 [S+1] over the b*T tokens, padding_mask. Under context parallelism a pack
-        is cut as a whole (`SequenceLayout.pack`), rows of a dense batch one by one; b*T, or T, must be a multiple of 2 * context_size.
+        batch: tensors [b, T], optionally cu_seqlens int32 [S+1] over the b*T tokens, padding_mask, per_token (a dict of tensors).
+        Under context parallelism a pack is cut as a whole (`SequenceLayout.pack`), rows of a dense batch one by one; b*T, or T, must
+        be a multiple of 2 * context_size.
         """
         keys = ["tokens", "labels", "loss_mask", "position_ids"]
         if batch.get("padding_mask") is not None:
             keys.append("padding_mask")
         shape = cls.shape(batch)
-        tensors = {key: batch[key].reshape(shape) for key in keys}
+        per_token = batch.get("per_token", {})
+        tensors = {key: value.reshape(shape) for key, value in ({k: batch[k] for k in keys} | per_token).items()}
         if context_size > 1:
             layout = _layout(batch, shape, context_rank, context_size)
             params: SequenceParams | None = SequenceParams(qkv_format="thd" if layout.packed else "sbhd", layout=layout)
             tensors = {key: layout.partition(value, 1) for key, value in tensors.items()}
         else:
             params = _whole_pack(batch, device)
-        return cls(**{key: value.to(device, non_blocking=True) for key, value in tensors.items()}, packed=params)
+        tensors = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
+        return cls(
+            **{key: tensors[key] for key in keys},
+            packed=params,
+            per_token={key: tensors[key] for key in per_token},
+        )
 
 
 def _layout(batch: dict[str, Any], shape: tuple[int, int], rank: int, world: int) -> SequenceLayout:

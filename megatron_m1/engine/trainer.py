@@ -21,7 +21,10 @@ from megatron_m1.engine.optimizer import build_optimizer, set_learning_rate, wra
 from megatron_m1.engine.schedule import consumed_samples
 from megatron_m1.model.build import build_model, routers, sharded_parameters
 
-__all__ = ["StepResult", "Trainer"]
+__all__ = ["StepResult", "TokenLoss", "Trainer"]
+
+TokenLoss = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""See `Trainer.accumulate_gradients`."""
 
 
 @dataclass
@@ -90,15 +93,26 @@ class Trainer:
 
     def forward_backward(self, micro_batches: list[dict[str, Any]]) -> tuple[float, int]:
         """(loss, number of loss tokens) of the global batch; gradients end in the data-parallel buffers."""
+        tokens = self._global_tokens(micro_batches)
+        loss = self.accumulate_gradients(
+            micro_batches, loss=partial(_masked_loss, scale=1.0 / max(tokens, 1)), figures=1
+        )
+        return loss.item(), tokens
+
+    def accumulate_gradients(self, micro_batches: list[dict[str, Any]], *, loss: TokenLoss, figures: int) -> Tensor:
+        """Gradients, in the data-parallel buffers, of the sum of a loss over all micro-batches of all data- and context-parallel ranks.
+
+        loss(nll [b, s], batch=MicroBatch): the loss of this rank's part of a micro-batch, normalised by the caller; an unused count,
+        see `_finalize`; and [figures] fp64 to sum. nll is with gradients, of every label, masked or not.
+        Returns the sum of those figures over the global batch, the same on every rank.
+        """
         for model in self.models:
             model.train()
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         for router in routers(self.models):
             router.reset_statistics(micro_batches=len(micro_batches))
-        tokens = self._global_tokens(micro_batches)
-        parts = self._run(micro_batches, forward_only=False, loss=partial(_masked_loss, scale=1.0 / max(tokens, 1)))
-        return self._reduce_loss(parts), tokens
+        return self._reduce(self._run(micro_batches, forward_only=False, loss=loss), figures)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[dict[str, Any]]) -> tuple[float, int]:
@@ -107,7 +121,7 @@ class Trainer:
             model.eval()
         tokens = self._global_tokens(micro_batches)
         parts = self._run(micro_batches, forward_only=True, loss=partial(_masked_loss, scale=1.0 / max(tokens, 1)))
-        return self._reduce_loss(parts), tokens
+        return self._reduce(parts, 1).item(), tokens
 
     @torch.no_grad()
     def score(self, micro_batches: list[dict[str, Any]]) -> list[Tensor]:
@@ -197,15 +211,17 @@ class Trainer:
         dist.all_reduce(count, group=self.groups.dp)  # context-parallel ranks hold the same micro-batches
         return int(count.item())
 
-    def _reduce_loss(self, parts: list[Tensor]) -> float:
-        """Sum of the micro-batches' parts over the data- and context-parallel ranks, known to every pipeline stage."""
-        loss = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64, device=self.device)
+    def _reduce(self, parts: list[Tensor], figures: int) -> Tensor:
+        """Sum [figures] of the micro-batches' parts over the data- and context-parallel ranks, known to every pipeline stage."""
+        total = (
+            torch.stack(parts).sum(dim=0) if parts else torch.zeros(figures, dtype=torch.float64, device=self.device)
+        )
         if self.groups.pp.rank() == self.groups.pp.size() - 1:
-            dist.all_reduce(loss, group=self.groups.dp_cp)
+            dist.all_reduce(total, group=self.groups.dp_cp)
         if self.groups.pp.size() > 1:
             last = dist.get_process_group_ranks(self.groups.pp)[-1]
-            dist.broadcast(loss, src=last, group=self.groups.pp)
-        return loss.item()
+            dist.broadcast(total, src=last, group=self.groups.pp)
+        return total
 
     def _router_statistics(self) -> dict[str, Any]:
         """aux_loss, z_loss and expert_load over all layers: summed over the ranks that share a layer, gathered over the pipeline."""
@@ -240,10 +256,11 @@ def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module, *, loss
 
 
 def _masked_loss(nll: Tensor, *, batch: MicroBatch, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss part, token count, the same part in fp64 to log); the count is unused, see Trainer._finalize."""
+    """(loss part, token count, the same part [1] in fp64 to log); the count is unused, see Trainer._finalize."""
     masked = nll.float() * batch.loss_mask
     part = masked.sum() * scale
-    return part, torch.ones((), dtype=torch.int, device=nll.device), masked.detach().sum(dtype=torch.float64) * scale
+    logged = masked.detach().sum(dtype=torch.float64) * scale
+    return part, torch.ones((), dtype=torch.int, device=nll.device), logged.view(1)
 
 
 def _log_probabilities(nll: Tensor, *, batch: MicroBatch, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

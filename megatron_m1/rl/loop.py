@@ -1,0 +1,130 @@
+"""The RL loop: rollouts, rewards, group advantages, old log-probabilities, off-policy updates."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_m1 import platform
+from megatron_m1.config.load import load_config
+from megatron_m1.config.schema import Config, RLConfig
+from megatron_m1.config.validate import validate_rl
+from megatron_m1.rl.losses import PRESETS, LossSettings
+
+__all__ = ["loss_settings", "main", "train"]
+
+
+def main(argv: list[str]) -> None:
+    """`megatron_m1 rl`: options as in config/load.py; run alone or under torchrun."""
+    config = load_config(argv)
+    validate_rl(config, int(os.environ.get("WORLD_SIZE", "1")))
+    loss_settings(config.rl)
+    platform.setup()
+    from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
+
+    init_distributed(config.parallel.timeout_s, deterministic=config.training.deterministic)
+    train(config)
+    shutdown_distributed()
+
+
+def train(config: Config) -> None:
+    """Train from `checkpoint.load` to `training.steps` generation batches; torch.distributed is initialised.
+
+    Tasks, seeds and learning rate are functions of the step alone and finished samples come from the journal, so that a resumed
+    run is the same run.
+    """
+    from megatron_m1.checkpoint.native import Checkpointer, check_save_folder
+    from megatron_m1.checkpoint.together import together
+    from megatron_m1.engine.metrics import MetricsLog
+    from megatron_m1.engine.schedule import learning_rate
+    from megatron_m1.engine.trainer import Trainer
+    from megatron_m1.parallel import group_sizes, init_groups
+    from megatron_m1.rl.phases import Phases
+    from megatron_m1.rl.rollout import Rollouts
+    from megatron_m1.rl.update import PolicyBatch
+
+    training, rl, settings = config.training, config.rl, loss_settings(config.rl)
+    groups = init_groups(config.parallel, seed=training.seed)
+    with together():
+        check_save_folder(config.checkpoint)
+    trainer = Trainer(config, groups, initial_weights=config.checkpoint.load is None)
+    checkpoints = Checkpointer(config, trainer)
+    first = checkpoints.load() if config.checkpoint.load else 0
+    phases = Phases()
+    with together():
+        log = MetricsLog(config, rank=dist.get_rank())
+
+    with log, checkpoints, Rollouts(config, trainer) as rollouts:
+        log.event({"event": "start", "from_step": first, "process_groups": group_sizes(groups)})
+        log.say(f"{dist.get_world_size()} ranks on {platform.device_name()}; {rl.algorithm}: {settings.describe()}")
+        for warning in _warnings(config, settings):
+            log.say(f"warning: {warning}")
+        if rl.held_out_prompts:
+            before = rollouts.held_out()
+            log.event({"event": "evaluation", "after_step": first, "held_out": _estimate(before)})
+            log.say(f"held-out avg@{rl.held_out_samples} {before} before step {first + 1}")
+        for step in range(first, training.steps):
+            lr = learning_rate(step, config.schedule, config.optimizer, training.steps)
+            batch = rollouts.collect(step, phases)
+            metrics: dict[str, Any] = {"step": step + 1, "lr": lr, **batch.figures()}
+            if batch.samples:
+                policy = PolicyBatch(trainer, config, batch.samples, settings=settings)
+                with phases.measure("scoring"):
+                    metrics |= policy.score().report()
+                with phases.measure("update"):
+                    results = [policy.update(number, lr=lr) for number in range(len(policy.updates))]
+                metrics |= policy.figures(results)
+            metrics |= phases.report()
+            last = step + 1 == training.steps
+            if rl.held_out_prompts and (last or _every(rl.held_out_every_steps, step + 1)):
+                metrics["held_out"] = _estimate(rollouts.held_out())
+            log.step(metrics, show=False)
+            if last or _every(config.logging.every_steps, step + 1):
+                log.say(_line(metrics, training.steps))
+            checkpoints.poll()
+            if config.checkpoint.save and (last or _every(config.checkpoint.every_steps, step + 1)):
+                checkpoints.save(step + 1)
+        if first >= training.steps:
+            log.say(f"nothing to do: {first} steps are done, training.steps={training.steps}")
+
+
+def loss_settings(rl: RLConfig) -> LossSettings:
+    """The preset of `rl.algorithm` with the keys that are not null in its place. Raises ConfigError for bounds that contradict."""
+    names = "is_weight_cap is_weight_floor mask_eps_low mask_eps_high correction_cap normalization sample_share".split()
+    given = {name: getattr(rl, name) for name in names if getattr(rl, name) is not None}
+    return replace(PRESETS[rl.algorithm], **given)
+
+
+def _warnings(config: Config, settings: LossSettings) -> list[str]:
+    found = settings.warnings(updates_per_batch=config.rl.updates_per_batch)
+    if config.optimizer.eps > 1e-12:
+        found.append(
+            f"optimizer.eps={config.optimizer.eps:g} is large beside RL's gradients (1e-18 to 1e-5 in M1, which used 1e-15)."
+        )
+    if config.checkpoint.load is None:
+        found.append("checkpoint.load=null: the policy starts from random weights.")
+    return found
+
+
+def _line(metrics: dict[str, Any], steps: int) -> str:
+    parts = [f"step {metrics['step']}/{steps}  reward {metrics['reward']:.4f}"]
+    if "held_out" in metrics:
+        parts.append(f"held-out {metrics['held_out']['value']:.4f}")
+    parts.append(f"tokens {metrics['response_tokens_mean']:.1f}  discarded {metrics['discard_rate']:.0%}")
+    if "grad_norm" in metrics:
+        parts.append(
+            f"grad_norm {metrics['grad_norm']:.3g}  capped {metrics['capped_share']:.2%}  k3 {metrics['k3_kl']:.1e}"
+        )
+    else:
+        parts.append("no prompt with rewards that differ: no update")
+    parts.append("  ".join(f"{name[8:]} {metrics[name]:.1f} s" for name in metrics if name.startswith("seconds_")))
+    return "  ".join(parts)
+
+
+def _estimate(estimate: Any) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def _every(period: int, step: int) -> bool:
+    return period > 0 and step % period == 0

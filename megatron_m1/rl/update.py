@@ -1,0 +1,158 @@
+"""Old log-probabilities and policy updates of one generation batch on the trainer."""
+
+import contextlib
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_m1.config.schema import Config, RLConfig
+from megatron_m1.engine.batch import MicroBatch
+from megatron_m1.engine.trainer import StepResult, Trainer
+from megatron_m1.model.experts import exact_experts
+from megatron_m1.rl.advantages import group_advantages, overlong_penalty
+from megatron_m1.rl.identity import IdentityStats
+from megatron_m1.rl.losses import LossSettings, LossStats, Normalizer, policy_loss
+from megatron_m1.rl.packing import Pack, pack_samples
+from megatron_m1.rl.samples import Sample
+
+__all__ = ["PolicyBatch", "split_groups"]
+
+
+@dataclass
+class UpdateResult:
+    """Figures of one update, the same on every rank: the trainer's, and the loss's over all tokens."""
+
+    step: StepResult
+    stats: LossStats
+
+
+class PolicyBatch:
+    """The samples of one generation batch, cut into updates and packed once, so that scoring and the first update see one and the
+    same micro-batches.
+
+    samples: the whole batch, the same on every rank, each with a reward; the data-parallel ranks take turns in it.
+    """
+
+    def __init__(self, trainer: Trainer, config: Config, samples: Sequence[Sample], *, settings: LossSettings) -> None:
+        self.trainer, self.samples, self.settings = trainer, samples, settings
+        self.advantages = _advantages(samples, config.rl)
+        self.exact = config.rl.engine == "reference"
+        groups = torch.tensor([sample.group for sample in samples])
+        lengths = torch.tensor([len(sample.response) for sample in samples])
+        self.updates = split_groups([sample.group for sample in samples], config.rl.updates_per_batch)
+        self.normalizers = []
+        for chosen in self.updates:
+            self.normalizers.append(
+                Normalizer.for_batch(
+                    lengths[chosen],
+                    groups[chosen],
+                    normalization=settings.normalization,
+                    sample_share=settings.sample_share,
+                )
+            )
+        self.packs = [self._packs(config, chosen) for chosen in self.updates]
+        self.old: dict[int, Tensor] = {}
+
+    def score(self) -> IdentityStats:
+        """Take the log-probabilities of all samples under the weights as they are for pi_old of the updates that follow; how far
+        they are from what the engine said."""
+        own: dict[int, Tensor] = {}
+        packs = [pack for packs in self.packs for pack in packs]
+        with self._bits():
+            for pack, scores in zip(packs, self.trainer.score([pack.batch for pack in packs]), strict=True):
+                own |= pack.take(scores)
+        shares: list[dict[int, Tensor]] = [{} for _ in range(self.trainer.groups.dp.size())]
+        dist.all_gather_object(shares, own, group=self.trainer.groups.dp)
+        self.old = {index: row for share in shares for index, row in share.items()}
+        rollout = torch.cat([torch.from_numpy(sample.logprobs) for sample in self.samples])
+        scored = torch.cat([self.old[index] for index in range(len(self.samples))])
+        return IdentityStats.of(rollout, scored, torch.ones_like(scored, dtype=torch.bool))
+
+    def update(self, number: int, *, lr: float) -> UpdateResult:
+        """Update `number` of the batch: gradients of the policy loss over its samples, clipped, and one AdamW step."""
+        chosen, normalizer = self.updates[number], self.normalizers[number]
+        values: dict[str, Any] = {"old_logp": self.old, "advantage": {}, "token_weight": {}, "rollout_logp": {}}
+        for row, index in enumerate(chosen):
+            ones = torch.ones(len(self.samples[index].response))
+            values["advantage"][index] = ones * self.advantages[index].float()
+            values["token_weight"][index] = ones * normalizer.weights[row].float()
+            values["rollout_logp"][index] = torch.from_numpy(self.samples[index].logprobs)
+        batches = [pack.with_values(values) for pack in self.packs[number]]
+        with self._bits():
+            figures = self.trainer.accumulate_gradients(
+                batches, loss=partial(_token_loss, settings=self.settings), figures=7
+            )
+        loss, *sums = figures.cpu().unbind()
+        stats = LossStats(*sums)
+        return UpdateResult(self.trainer.update(loss.item(), int(stats.tokens.item()), lr=lr), stats)
+
+    def figures(self, results: Sequence[UpdateResult]) -> dict[str, float]:
+        """Of all updates together, for the log; `first_is_weight`: mean importance weight of the first, 1 on policy."""
+        total = reduce(operator.add, (result.stats for result in results))
+        norms = [result.step.grad_norm for result in results]
+        return total.means() | {
+            "loss": sum(result.step.loss for result in results) / len(results),
+            "grad_norm": sum(norms) / len(norms),
+            "grad_norm_max": max(norms),
+            "updates": len(results),
+            "loss_tokens": sum(result.step.tokens for result in results),
+            "first_is_weight": results[0].stats.means()["mean_is_weight"],
+            "expert_load_max": max(float(result.step.expert_load.max()) for result in results),
+        }
+
+    def _packs(self, config: Config, chosen: list[int]) -> list[Pack]:
+        """This data-parallel rank's micro-batches; all ranks have equally many."""
+        dp, parallel, training = self.trainer.groups.dp, config.parallel, config.training
+        pack = partial(
+            pack_samples, self.samples, rows=training.micro_batch, length=training.seq_length, packed=not self.exact
+        )
+        most = max(len(pack(chosen[rank :: dp.size()])) for rank in range(dp.size()))
+        if parallel.virtual_pipeline > 1:
+            most = -(-most // parallel.pipeline) * parallel.pipeline
+        return pack(chosen[dp.rank() :: dp.size()], packs=max(most, 1))
+
+    def _bits(self) -> contextlib.AbstractContextManager[None]:
+        return exact_experts(self.trainer.models) if self.exact else contextlib.nullcontext()
+
+
+def split_groups(groups: Sequence[int], updates: int) -> list[list[int]]:
+    """Indices of the samples of each update: whole groups in order, nearly equally many; fewer updates than asked for where there
+    are fewer groups."""
+    order = list(dict.fromkeys(groups))
+    parts = min(updates, len(order))
+    part_of = {group: number * parts // len(order) for number, group in enumerate(order)}
+    return [[index for index, group in enumerate(groups) if part_of[group] == part] for part in range(parts)]
+
+
+def _advantages(samples: Sequence[Sample], rl: RLConfig) -> Tensor:
+    """[samples] float64, from the rewards after penalties."""
+    rewards = torch.tensor(
+        [0.0 if rl.truncated == "zero" and s.truncated else s.reward for s in samples], dtype=torch.float64
+    )
+    if rl.overlong_tokens:
+        lengths = torch.tensor([len(sample.response) for sample in samples])
+        rewards += overlong_penalty(lengths, max_length=rl.max_new_tokens, cache_length=rl.overlong_tokens)
+    groups = torch.tensor([sample.group for sample in samples])
+    return group_advantages(rewards, groups, std=rl.advantage_std)
+
+
+def _token_loss(nll: Tensor, *, batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Trainer.accumulate_gradients' loss: the part of these tokens, an unused count, [loss, LossStats] to sum."""
+    values = batch.per_token
+    output = policy_loss(
+        -nll.float(),
+        values["old_logp"],
+        values["advantage"],
+        values["token_weight"],
+        batch.loss_mask > 0,
+        settings=settings,
+        rollout_logp=values["rollout_logp"] if settings.correction_cap is not None else None,
+    )
+    figures = torch.cat([output.loss.detach().double().view(1), output.stats.as_tensor()])
+    return output.loss, torch.ones((), dtype=torch.int, device=nll.device), figures
