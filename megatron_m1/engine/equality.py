@@ -104,7 +104,10 @@ class Difference:
 
 def equality_config(parallel: dict[str, Any], training: dict[str, Any], *, precision: str = "fp32") -> Config:
     """A small M1 with every feature: both layer kinds on every pipeline chunk, GQA, a shared expert, distinct alphas and betas,
-    balance and z loss. `training` may hold `dispatcher`, an option of the experts, and `dense`: rows without documents."""
+    balance and z loss. `training` may hold `dispatcher`, an option of the experts, and `dense`: rows without documents.
+
+    Its seed keeps every routing decision of the 5 steps clear of a tie, which layouts' rounding would break either way (a test).
+    """
     training = dict(training)
     dense = training.pop("dense", False)
     dispatcher = training.pop("dispatcher", "alltoall")
@@ -133,7 +136,7 @@ def equality_config(parallel: dict[str, Any], training: dict[str, Any], *, preci
         ),
         parallel=ParallelConfig(**parallel),
         training=replace(
-            TrainingConfig(steps=STEPS, seed=7, micro_batch=2, global_batch=8, seq_length=32, precision=precision),  # type: ignore[arg-type]
+            TrainingConfig(steps=STEPS, seed=6, micro_batch=2, global_batch=8, seq_length=32, precision=precision),  # type: ignore[arg-type]
             **training,
         ),
         optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.5),

@@ -7,6 +7,7 @@ import torch
 
 from megatron_m1.engine.equality import LAYOUTS, RankResult, compare, equality_config, run_layout
 from megatron_m1.engine.trainer import Trainer
+from megatron_m1.model.router import M1Router
 from megatron_m1.parallel import destroy_groups, init_groups
 from tests.distributed.mutants import MUTANTS, run_mutant
 
@@ -33,6 +34,30 @@ def test_mutant_is_noticed(mutant, ranks, reference):
         reference, ranks(world, run_mutant, equality_config(parallel, training), mutant.__name__, steps, timeout_s=300)
     )
     assert not max(d.loss, d.grad_norm, d.aux_loss, d.gradient, d.weight) <= BOUND, d
+
+
+def _closest_choice(rank: int, world: int, config) -> float:
+    """Smallest relative gap between the logit weights of the last expert chosen and of the first one passed over."""
+    gaps = []
+
+    def watch(module, inputs, _):
+        if isinstance(module, M1Router):
+            hidden = inputs[0].flatten(end_dim=-2).float()
+            odds = torch.nn.functional.linear(hidden, module.weight).softmax(-1).sort(dim=-1, descending=True).values
+            gaps.append(float((odds[:, module.topk - 1] / odds[:, module.topk] - 1).min()))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(watch)
+    try:
+        run_layout(rank, world, config)
+    finally:
+        handle.remove()
+    return min(gaps)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_no_routing_decision_is_left_to_rounding(dense, ranks):
+    """A tie goes one way in one layout and the other way in another: a difference that no bound on rounding covers."""
+    assert ranks(1, _closest_choice, equality_config({}, {"dense": dense}))[0] > 1e-4
 
 
 def _global_aux_steps(rank: int, world: int, config) -> list[tuple[float, float, float]]:
