@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ def faults(text: str) -> list[str]:
     for code in inline:
         if re.fullmatch(r"[\w./{},*]+(\.(py|sh|yaml|sbatch|md|json)|/)", code) and not code.startswith(WRITTEN_BY_RUNS):
             found += [path for path in braces_expanded(code) if not exists(path)]
+            continue
         key = re.match(r"(\w+)\.(\w+)(?=$|[: ])", code)
         if key and key[1] in SECTIONS and not hasattr(SECTIONS[key[1]](), key[2]):
             found.append(code)
@@ -37,7 +39,7 @@ def faults(text: str) -> list[str]:
 
 
 def command_faults(words: list[str]) -> Iterator[str]:
-    for before, word in zip(words, words[1:]):
+    for before, word in itertools.pairwise(words):
         if before in ("bash", "source", "python", "--config") and not word.startswith("-") and not exists(word):
             yield word
         if before == "-m" and importlib.util.find_spec(word) is None:
