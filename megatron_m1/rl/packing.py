@@ -1,6 +1,6 @@
 """Samples as micro-batches of the trainer, and per-token values on their way in and out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ class Pack:
     batch: dict[str, Any]
     places: list[tuple[int, int, int]]
 
-    def with_values(self, values: dict[str, Sequence[Tensor]]) -> dict[str, Any]:
-        """The batch with per-token values: name -> per sample a tensor [response tokens]; 0 on all other tokens."""
+    def with_values(self, values: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Any]:
+        """The batch with per-token values: name -> index of the sample -> [response tokens]; 0 on all other tokens."""
         shape = self.batch["tokens"].shape
         per_token = {}
         for name, rows in values.items():

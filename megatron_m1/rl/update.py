@@ -5,7 +5,6 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,21 +75,25 @@ class PolicyBatch:
 
     def update(self, number: int, *, lr: float) -> UpdateResult:
         """Update `number` of the batch: gradients of the policy loss over its samples, clipped, and one AdamW step."""
-        chosen, normalizer = self.updates[number], self.normalizers[number]
-        values: dict[str, Any] = {"old_logp": self.old, "advantage": {}, "token_weight": {}, "rollout_logp": {}}
-        for row, index in enumerate(chosen):
+        loss, stats = self.gradients(number)
+        return UpdateResult(self.trainer.update(loss, int(stats.tokens.item()), lr=lr), stats)
+
+    def gradients(self, number: int) -> tuple[float, LossStats]:
+        """(loss, statistics) of the samples of update `number`; the gradients end in the data-parallel buffers."""
+        values: dict[str, dict[int, Tensor]] = {"old_logp": self.old, "advantage": {}, "token_weight": {}}
+        if self.settings.correction_cap is not None:
+            values["rollout_logp"] = {i: torch.from_numpy(self.samples[i].logprobs) for i in self.updates[number]}
+        for row, index in enumerate(self.updates[number]):
             ones = torch.ones(len(self.samples[index].response))
             values["advantage"][index] = ones * self.advantages[index].float()
-            values["token_weight"][index] = ones * normalizer.weights[row].float()
-            values["rollout_logp"][index] = torch.from_numpy(self.samples[index].logprobs)
+            values["token_weight"][index] = ones * self.normalizers[number].weights[row].float()
         batches = [pack.with_values(values) for pack in self.packs[number]]
         with self._bits():
             figures = self.trainer.accumulate_gradients(
                 batches, loss=partial(_token_loss, settings=self.settings), figures=7
             )
         loss, *sums = figures.cpu().unbind()
-        stats = LossStats(*sums)
-        return UpdateResult(self.trainer.update(loss.item(), int(stats.tokens.item()), lr=lr), stats)
+        return loss.item(), LossStats(*sums)
 
     def figures(self, results: Sequence[UpdateResult]) -> dict[str, float]:
         """Of all updates together, for the log; `first_is_weight`: mean importance weight of the first, 1 on policy."""
@@ -152,7 +155,7 @@ def _token_loss(nll: Tensor, *, batch: MicroBatch, settings: LossSettings) -> tu
         values["token_weight"],
         batch.loss_mask > 0,
         settings=settings,
-        rollout_logp=values["rollout_logp"] if settings.correction_cap is not None else None,
+        rollout_logp=values.get("rollout_logp"),
     )
     figures = torch.cat([output.loss.detach().double().view(1), output.stats.as_tensor()])
     return output.loss, torch.ones((), dtype=torch.int, device=nll.device), figures

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# A small MiniMax-M1 that reinforcement learning teaches to sort digits, from a bare machine with Python 3.12:
+#   bash examples/rl_quickstart.sh
+# A supervised start on demonstrations, half of them wrong, then CISPO on exact rewards, on 2 CPU processes, or on up to 2
+# GPUs where there are any. Everything lands in runs/rl_quickstart; a rerun starts over. Environment (for short trials):
+#   RL_QUICKSTART_OUT         output folder (runs/rl_quickstart)
+#   RL_QUICKSTART_RANKS       processes
+#   RL_QUICKSTART_START       steps of the supervised start (300)
+#   RL_QUICKSTART_STEPS       generation batches of CISPO (30)
+# Arguments go to the rl command, e.g. --rl.algorithm grpo.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=tools/setup_env.sh
+source tools/setup_env.sh
+
+OUT="${RL_QUICKSTART_OUT:-runs/rl_quickstart}"
+START="${RL_QUICKSTART_START:-300}"
+STEPS="${RL_QUICKSTART_STEPS:-30}"
+CONFIG=examples/configs/rl_tiny_cpu.yaml
+read -r GPUS CORES < <("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
+RANKS="${RL_QUICKSTART_RANKS:-$((GPUS == 1 || CORES == 1 ? 1 : 2))}"
+# More threads than cores would wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > RANKS ? CORES / RANKS : 1))}"
+
+stage() {
+    printf '\n== %s  [%d:%02d]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60))
+}
+
+launch() { # launch COMMAND ARGUMENTS...: `python -m megatron_m1 COMMAND` on every rank
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m megatron_m1 "$@"
+}
+
+SECONDS=0
+echo "$RANKS processes on $( ((GPUS)) && echo GPU || echo CPU), output in $OUT"
+if [[ -d "$OUT" && ! -e "$OUT/.rl_quickstart" ]]; then
+    echo "error: $OUT exists and is not from an rl_quickstart; set RL_QUICKSTART_OUT to another folder." >&2
+    exit 1
+fi
+mkdir -p "$OUT"
+touch "$OUT/.rl_quickstart"
+rm -rf "${OUT:?}"/{start,checkpoints,log,journal}
+
+stage "demonstrations: half of them wrong, no held-out prompt among them"
+"$PYTHON" tools/rl_demonstrations.py --config "$CONFIG" --output "$OUT/demonstrations.jsonl" --right-share 0.5
+"$PYTHON" tools/train_tokenizer.py --input "$OUT/demonstrations.jsonl" --vocab-size 257 --output "$OUT/tokenizer" --overwrite
+"$PYTHON" tools/preprocess_data.py --input "$OUT/demonstrations.jsonl" --tokenizer "$OUT/tokenizer" \
+    --output-prefix "$OUT/data" --workers 2 --append-eod --overwrite
+
+stage "supervised start: $START steps"
+launch pretrain --config "$CONFIG" --training.steps "$START" --training.micro_batch 8 \
+    --optimizer.lr 4e-3 --optimizer.eps 1e-8 --schedule.kind cosine --schedule.warmup_steps 10 \
+    --moe.aux_loss micro_batch --data.train "[$OUT/data]" --data.tokenizer "$OUT/tokenizer" \
+    --checkpoint.save "$OUT/start" --logging.every_steps 50
+
+stage "CISPO: $STEPS generation batches"
+launch rl --config "$CONFIG" --training.steps "$STEPS" --data.tokenizer "$OUT/tokenizer" \
+    --checkpoint.load "$OUT/start" --checkpoint.weights_only true --checkpoint.save "$OUT/checkpoints" \
+    --logging.dir "$OUT/log" --rl.journal "$OUT/journal" "$@"
+
+stage "done"
+"$PYTHON" tools/plot_rl.py "$OUT/log" --output "$OUT/reward.png"
+echo "reward curve  $OUT/reward.png"
+echo "metrics       $OUT/log/metrics.jsonl (or: tensorboard --logdir $OUT/log)"
+echo "rollouts      $OUT/log/rollouts"
+echo "samples       $OUT/journal"
+echo "checkpoint    $OUT/checkpoints/$(<"$OUT/checkpoints/latest")"
