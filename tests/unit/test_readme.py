@@ -40,6 +40,8 @@ def faults(text: str) -> list[str]:
 
 def command_faults(words: list[str]) -> Iterator[str]:
     for before, word in itertools.pairwise(words):
+        if word.isupper():  # stands for what the reader puts in
+            continue
         if before in ("bash", "source", "python", "--config") and not word.startswith("-") and not exists(word):
             yield word
         if before == "-m" and importlib.util.find_spec(word) is None:
