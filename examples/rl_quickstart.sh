@@ -6,7 +6,7 @@
 #   RL_QUICKSTART_OUT         output folder (runs/rl_quickstart)
 #   RL_QUICKSTART_RANKS       processes
 #   RL_QUICKSTART_START       steps of the supervised start (300)
-#   RL_QUICKSTART_STEPS       generation batches of CISPO (30)
+#   RL_QUICKSTART_STEPS       generation batches of CISPO (60)
 # Arguments go to the rl command, e.g. --rl.algorithm grpo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,7 +15,7 @@ source tools/setup_env.sh
 
 OUT="${RL_QUICKSTART_OUT:-runs/rl_quickstart}"
 START="${RL_QUICKSTART_START:-300}"
-STEPS="${RL_QUICKSTART_STEPS:-30}"
+STEPS="${RL_QUICKSTART_STEPS:-60}"
 CONFIG=examples/configs/rl_tiny_cpu.yaml
 read -r GPUS CORES < <("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
 RANKS="${RL_QUICKSTART_RANKS:-$((GPUS == 1 || CORES == 1 ? 1 : 2))}"

@@ -1,0 +1,157 @@
+"""The rl command: a policy that learns from a supervised start, and a run that kill -9 does not change."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_m1.checkpoint.native import load_checkpoint, save_checkpoint
+from megatron_m1.config import Config, from_yaml, to_yaml
+from megatron_m1.config.schema import CheckpointConfig
+from megatron_m1.data.tokenizer import Tokenizer
+from megatron_m1.data.train_tokenizer import train_tokenizer
+from megatron_m1.engine.trainer import Trainer
+from megatron_m1.parallel import destroy_groups, init_groups
+from megatron_m1.rl.journal import read_journal
+from megatron_m1.rl.loop import main
+from megatron_m1.rl.packing import pack_samples
+from megatron_m1.rl.samples import Sample
+from megatron_m1.rl.tasks import TaskMix
+from tests.e2e.pretrain_jobs import ROOT, environment
+from tests.unit.rl.loop_cases import tiny_config
+
+STEPS = 2
+SAMPLES = 64
+"""Of one generation batch: 8 prompts x 8."""
+
+
+def supervised_start(rank: int, world: int, folder: Path) -> None:
+    """folder/rl.yaml, folder/tokenizer and folder/start: a policy that has seen digits in rising and in falling order."""
+    config = tiny_config(samples_per_prompt=8, updates_per_batch=4, held_out_prompts=48, reward_workers=1)
+    (folder / "text.txt").write_text("sort 123:123\n")
+    train_tokenizer([str(folder / "text.txt")], folder / "tokenizer", vocab_size=257, globs=["*.txt"])
+    config.data.tokenizer = str(folder / "tokenizer")
+    config.logging.tensorboard = False
+    to_yaml(config, folder / "rl.yaml")
+    tokenizer, tasks = Tokenizer(folder / "tokenizer"), TaskMix(config.rl, seed=99)
+    trainer = Trainer(config, init_groups(config.parallel, seed=3))
+    for step in range(120):
+        demonstrations = []
+        for number in range(16 * step, 16 * step + 16):
+            task = tasks.task(number)
+            answer = task.task["answer"][:: 1 if number % 2 else -1]
+            ids = (tuple(tokenizer.encode(task.prompt)), (*tokenizer.encode(answer), tokenizer.eod_id))
+            demonstrations.append(Sample(number, number, "", task, *ids, [], "eos", answer))
+        packs = pack_samples(demonstrations, range(16), rows=4, length=64)
+        trainer.train_step([pack.batch for pack in packs], lr=1e-2 * (1 - step / 120))
+    save_checkpoint(trainer, replace(config, checkpoint=CheckpointConfig(save=str(folder / "start"))), step=0)
+    destroy_groups()
+
+
+def rl_rank(rank: int, world: int, argv: list[str]) -> None:
+    main(argv)
+
+
+def weights(rank: int, world: int, config: Config, path: Path) -> dict[str, torch.Tensor]:
+    trainer = Trainer(config, init_groups(config.parallel, seed=3))
+    load_checkpoint(trainer, config, path=path, weights_only=True)
+    found = {name: tensor.detach().clone() for name, tensor in trainer.parameters().items()}
+    destroy_groups()
+    return found
+
+
+def options(folder: Path, run: str, *, resume: bool = False, **values: object) -> list[str]:
+    load = {"load": folder / run / "save"} if resume else {"load": folder / "start", "weights_only": "true"}
+    keys = {f"checkpoint.{key}": value for key, value in load.items()} | {
+        "checkpoint.save": folder / run / "save",
+        "checkpoint.every_steps": 1,
+        "logging.dir": folder / run / "log",
+        "rl.journal": folder / run / "journal",
+        "training.steps": STEPS,
+    }
+    keys |= {key.replace("__", "."): value for key, value in values.items()}
+    return [
+        "--config",
+        str(folder / "rl.yaml"),
+        *(part for key, value in keys.items() for part in (f"--{key}", str(value))),
+    ]
+
+
+def metrics(folder: Path, run: str) -> dict[int, dict]:
+    """By step, without times; the later line of a step counts."""
+    entries = [json.loads(line) for line in (folder / run / "log/metrics.jsonl").read_text().splitlines()]
+    return {
+        entry["step"]: {k: v for k, v in entry.items() if not k.startswith(("seconds_", "idle_", "from_journal"))}
+        for entry in entries
+        if "step" in entry
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, rank_pool) -> Path:
+    folder = tmp_path_factory.mktemp("rl")
+    rank_pool.run(supervised_start, (folder,), world=1, timeout_s=120)
+    return folder
+
+
+def test_held_out_reward_rises_on_two_data_parallel_ranks(folder, ranks):
+    ranks(
+        2,
+        rl_rank,
+        options(
+            folder, "dp2", training__steps=6, checkpoint__every_steps=0, optimizer__lr=1e-3, schedule__kind="constant"
+        ),
+        timeout_s=120,
+    )
+    lines = [json.loads(line) for line in (folder / "dp2/log/metrics.jsonl").read_text().splitlines()]
+    before = next(line["held_out"] for line in lines if line.get("after_step") == 0)
+    steps = metrics(folder, "dp2")
+    assert 0.1 < before["value"] < 0.6 and steps[6]["held_out"]["low"] > before["high"], (before, steps[6])
+    for step in steps.values():
+        assert step["updates"] == 4 and step["first_is_weight"] == pytest.approx(1.0, abs=1e-12)
+        assert step["max_abs_diff"] < 1e-4 and step["pearson"] > 0.999999 and step["k3_kl"] < 1e-8
+        assert 0 <= step["discard_rate"] < 1 and step["kept"] == SAMPLES and math.isfinite(step["grad_norm"])
+    records = [r for path in (folder / "dp2/journal").glob("step_00000001.*") for r in read_journal(path)]
+    assert len({r["number"] for r in records}) == len(records) == steps[1]["sampled"]
+    assert len(list((folder / "dp2/journal").glob("step_00000001.replica_*"))) == 2
+
+
+def test_a_killed_run_ends_with_the_same_bits(folder, ranks):
+    same = {"rl__engine": "reference", "rl__held_out_prompts": 0, "rl__updates_per_batch": 2, "rl__refills": 1}
+    ranks(1, rl_rank, options(folder, "whole", **same), timeout_s=120)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "megatron_m1", "rl", *options(folder, "killed", **same)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    journal = folder / "killed/journal/step_00000002.replica_00000.jsonl"
+    try:
+        deadline = time.monotonic() + 60
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    before = {r["number"] for r in read_journal(journal)}
+    whole = metrics(folder, "whole")
+    assert 10 <= len(before) < whole[2]["sampled"]
+    ranks(1, rl_rank, options(folder, "killed", resume=True, **same), timeout_s=120)
+    after = [r["number"] for r in read_journal(journal)]
+    assert len(after) == len(set(after)) and before < set(after)  # none was generated twice
+    assert whole == metrics(folder, "killed")
+    for step in whole.values():
+        assert step["first_is_weight"] == 1.0 and step["max_abs_diff"] == step["not_bit_equal_share"] == 0.0
+    config = from_yaml(folder / "rl.yaml")
+    (a,), (b,) = (ranks(1, weights, config, folder / run / "save" / f"step_{STEPS:08d}") for run in ("whole", "killed"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
