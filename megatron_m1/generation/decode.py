@@ -19,7 +19,7 @@ from megatron_m1.model.lightning import LightningAttention
 from megatron_m1.model.m1 import M1Model
 from megatron_m1.model.softmax import SoftmaxAttention, apply_rotary, rotary_table
 
-__all__ = ["decode_stage", "local_experts"]
+__all__ = ["RecordRouting", "decode_stage", "local_experts"]
 
 RecordRouting = Callable[[int, Tensor], None]
 """Takes a 1-based layer number and the experts [n, top_k] of the pass's tokens."""

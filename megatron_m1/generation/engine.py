@@ -14,7 +14,7 @@ from megatron_m1.generation.cache import BLOCK_TOKENS, HybridCache, blocks_for
 from megatron_m1.generation.decode import local_experts
 from megatron_m1.generation.requests import Request, Result, Running
 from megatron_m1.generation.routing import RoutingRecord
-from megatron_m1.generation.schedule import PromptGroup, group_requests, share_of_replica
+from megatron_m1.generation.schedule import PromptGroup, group_requests, results_of_all, share_of_replica
 from megatron_m1.generation.stages import Stages, inference
 from megatron_m1.model.m1 import M1Model
 
@@ -61,12 +61,7 @@ class Engine:
         Raises FloatingPointError, naming the request, on the ranks that work on it if a logit is NaN or infinite; ValueError if
         cache_tokens do not hold a request.
         """
-        own = dict(self.stream(requests))
-        replicas = self.groups.dp_cp
-        shares: list[dict[int, Result]] = [{} for _ in range(replicas.size())]
-        dist.all_gather_object(shares, own, group=replicas)
-        results = {index: result for share in shares for index, result in share.items()}
-        return [results[index] for index in range(len(requests))]
+        return results_of_all(dict(self.stream(requests)), self.groups.dp_cp)
 
     def stream(self, requests: list[Request]) -> Iterator[tuple[int, Result]]:
         """(index, result) of the requests that fall to this replica, each as soon as it is complete.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_m1.generation.requests import Request, Result, Running
 from megatron_m1.generation.routing import RoutingRecord
-from megatron_m1.generation.schedule import share_of_replica
+from megatron_m1.generation.schedule import results_of_all, share_of_replica
 from megatron_m1.generation.stages import Stages, inference
 from megatron_m1.model.experts import exact_experts
 from megatron_m1.model.m1 import M1Model
@@ -47,12 +47,7 @@ class ReferenceEngine:
 
     def generate(self, requests: list[Request]) -> list[Result]:
         """As `Engine.generate`. Raises ValueError for a request that may outgrow `tokens`."""
-        own = dict(self.stream(requests))
-        replicas = self.groups.dp_cp
-        shares: list[dict[int, Result]] = [{} for _ in range(replicas.size())]
-        dist.all_gather_object(shares, own, group=replicas)
-        results = {index: result for share in shares for index, result in share.items()}
-        return [results[index] for index in range(len(requests))]
+        return results_of_all(dict(self.stream(requests)), self.groups.dp_cp)
 
     def stream(self, requests: list[Request]) -> Iterator[tuple[int, Result]]:
         """As `Engine.stream`."""

@@ -3,12 +3,13 @@
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_m1.generation.cache import Prefix
-from megatron_m1.generation.requests import Request, Running
+from megatron_m1.generation.requests import Request, Result, Running
 
-__all__ = ["PromptGroup", "group_requests", "share_of_replica"]
+__all__ = ["PromptGroup", "group_requests", "results_of_all", "share_of_replica"]
 
 
 @dataclass
@@ -49,3 +50,11 @@ def share_of_replica(requests: list[Request], replica: int, replicas: int) -> li
     for request in requests:
         turn.setdefault(request.prompt, len(turn) % replicas)
     return [(index, request) for index, request in enumerate(requests) if turn[request.prompt] == replica]
+
+
+def results_of_all(own: dict[int, Result], replicas: dist.ProcessGroup) -> list[Result]:
+    """The results of all requests, in order, on every rank, from each replica's own by index."""
+    shares: list[dict[int, Result]] = [{} for _ in range(replicas.size())]
+    dist.all_gather_object(shares, own, group=replicas)
+    results = {index: result for share in shares for index, result in share.items()}
+    return [results[index] for index in sorted(results)]

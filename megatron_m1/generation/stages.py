@@ -1,7 +1,7 @@
 """One pass through the pipeline stages of a replica, and the choice of tokens from what comes out."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megatron_m1.generation.cache import HybridCache
-from megatron_m1.generation.decode import decode_stage
+from megatron_m1.generation.decode import RecordRouting, decode_stage
 from megatron_m1.generation.requests import Running
 from megatron_m1.generation.sampling import sample, uniform
 from megatron_m1.model.layer import M1Layer
@@ -19,8 +19,6 @@ from megatron_m1.model.m1 import M1Model
 from megatron_m1.model.vocab_loss import logit_logprobs
 
 __all__ = ["Stages", "inference"]
-
-RecordRouting = Callable[[int, Tensor], None]
 
 
 class Stages:
