@@ -50,6 +50,8 @@ METHODS: tuple[Method, ...] = ("ring", "all_gather")
 MILLION = 1 << 20
 TIMED = {"heads": 4, "key_value_heads": 2, "head_dim": 64, "item": 4}
 """fp32: bf16 is slow on most CPUs."""
+MEMORY_CASES = ((1, 4), (2, 2), (4, 4), (4, 2), (4, 1))
+"""Ranks, and what divides the largest N."""
 TINY = (
     *("--config", "examples/configs/tiny_cpu.yaml", "--config", "examples/configs/tiny_cpu_1m.yaml"),
     *("--model.vocab_size", "512", "--model.hidden_size", "64", "--model.num_hidden_layers", "4"),
@@ -86,7 +88,7 @@ def main() -> int:
         "commit": git("rev-parse", "--short", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": {**hardware(1), "threads_per_rank": 1, "cores": os.cpu_count(), "backend": "gloo"},
+        "hardware": {**hardware(1), "threads_per_rank": 1, "cores": os.cpu_count(), "load_before": os.getloadavg()[0]},
     }
     for part in arguments.parts:
         started = time.perf_counter()
@@ -97,7 +99,8 @@ def main() -> int:
     arguments.output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written: {arguments.output}")
     wrong = [line for part in arguments.parts for line in results[part].get("mismatches", [])]
-    print("\n".join(wrong), file=sys.stderr)
+    for line in wrong:
+        print(line, file=sys.stderr)
     return 1 if wrong else 0
 
 
@@ -256,7 +259,7 @@ def _both_ways(kind: str, shape: Shape, rank: int, method: Method, left_out: int
 def memory_part(arguments: argparse.Namespace) -> dict[str, Any]:
     most = arguments.memory_tokens
     rows: list[dict[str, Any]] = []
-    for world, tokens in ((1, most // 4), (2, most // 2), (4, most // 4), (4, most // 2), (4, most)):
+    for world, tokens in ((world, most // divisor) for world, divisor in MEMORY_CASES):
         with tempfile.TemporaryDirectory() as folder:
             config = tiny_config(world, tokens, folder)
             with RankPool(world) as pool:  # new processes, whose peak is this run's

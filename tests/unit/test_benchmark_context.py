@@ -115,7 +115,7 @@ def test_bytes_and_times_are_written_and_printed(tiny, capsys):
     assert {rank["sent_bytes"] > 0 for row in rows for rank in row["ranks"] if row["world"] > 1} == {True}
     text = capsys.readouterr().out
     assert "0 mismatches in 10 cases" in text and "time against N at fixed N/W: CPU, gloo" in text
-    assert "by formula only" in text and found["hardware"]["backend"] == "gloo"
+    assert "by formula only" in text
 
 
 def test_a_mismatch_is_an_error_exit(tiny, monkeypatch, capsys):
@@ -125,16 +125,14 @@ def test_a_mismatch_is_an_error_exit(tiny, monkeypatch, capsys):
     assert "lightning 0, W=2, N=2048, ring, rank 0, forward: counter" in capsys.readouterr().err
 
 
-def test_memory_runs_the_pretraining_loop(tiny):
-    code, found = tiny("--parts", "memory", "--memory-tokens", "512")
-    rows = found["memory"]["rows"]
-    assert code == 0 and [(row["world"], row["tokens"]) for row in rows] == [
-        (1, 128), (2, 256), (4, 128), (4, 256), (4, 512),
-    ]  # fmt: skip
-    assert all(len(row["over_imports_mib"]) == row["world"] for row in rows)
-    # the same sequence, on one rank and on four
-    assert rows[2]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
-    assert [row["loss_tokens"] for row in rows] == [128, 256, 128, 256, 512]
+def test_memory_runs_the_pretraining_loop(tiny, monkeypatch):
+    monkeypatch.setattr(context_parallel, "MEMORY_CASES", ((1, 1), (4, 1)))
+    code, found = tiny("--parts", "memory", "--memory-tokens", "128")
+    alone, spread = found["memory"]["rows"]
+    assert code == 0 and (alone["world"], spread["world"]) == (1, 4)
+    assert (len(alone["over_imports_mib"]), len(spread["over_imports_mib"])) == (1, 4)
+    assert spread["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert alone["loss_tokens"] == spread["loss_tokens"] == 128
 
 
 def test_the_tiny_model_keeps_the_switches_of_the_twin():
