@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -75,6 +76,8 @@ def train(config: Config) -> None:
                 with phases.measure("update"):
                     results = [policy.update(number, lr=lr) for number in range(len(policy.updates))]
                 metrics |= policy.figures(results)
+            if rl.pages and config.logging.dir is not None:
+                _page(config, step, batch, policy.capped() if batch.samples else {}, rollouts)
             metrics |= phases.report()
             last = step + 1 == training.steps
             if rl.held_out_prompts and (last or _every(rl.held_out_every_steps, step + 1)):
@@ -94,6 +97,21 @@ def loss_settings(rl: RLConfig) -> LossSettings:
     names = "is_weight_cap is_weight_floor mask_eps_low mask_eps_high correction_cap normalization sample_share".split()
     given = {name: getattr(rl, name) for name in names if getattr(rl, name) is not None}
     return replace(PRESETS[rl.algorithm], **given)
+
+
+def _page(config: Config, step: int, batch: Any, capped: dict[int, Any], rollouts: Any) -> None:
+    from megatron_m1.checkpoint.together import together
+    from megatron_m1.rl.page import write_page
+
+    with together():
+        if dist.get_rank() == 0:
+            write_page(
+                Path(config.logging.dir or "") / "rollouts" / f"step_{step + 1:08d}.html",
+                title=f"Rollouts of step {step + 1}",
+                samples=batch.everything,
+                capped=capped,
+                tokenizer=rollouts.tokenizer,
+            )
 
 
 def _warnings(config: Config, settings: LossSettings) -> list[str]:

@@ -57,6 +57,7 @@ class PolicyBatch:
             )
         self.packs = [self._packs(config, chosen) for chosen in self.updates]
         self.old: dict[int, Tensor] = {}
+        self._capped: dict[int, Tensor] = {}
 
     def score(self) -> IdentityStats:
         """Take the log-probabilities of all samples under the weights as they are for pi_old of the updates that follow; how far
@@ -89,11 +90,20 @@ class PolicyBatch:
             values["token_weight"][index] = ones * self.normalizers[number].weights[row].float()
         batches = [pack.with_values(values) for pack in self.packs[number]]
         with self._bits():
-            figures = self.trainer.accumulate_gradients(
-                batches, loss=partial(_token_loss, settings=self.settings), figures=7
-            )
+            capped: list[Tensor] = []
+            loss_of = partial(_token_loss, settings=self.settings, capped=capped, context=self.trainer.groups.cp)
+            figures = self.trainer.accumulate_gradients(batches, loss=loss_of, figures=7)
+        if capped:  # on the last pipeline stage
+            for pack, marks in zip(self.packs[number], capped, strict=True):
+                self._capped |= pack.take(marks)
         loss, *sums = figures.cpu().unbind()
         return loss.item(), LossStats(*sums)
+
+    def capped(self) -> dict[int, Tensor]:
+        """Number of the sample -> bool [response tokens], True where its importance weight hit the cap in its update; on every rank."""
+        shares: list[dict[int, Tensor]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, self._capped)
+        return {self.samples[index].number: marks for share in shares for index, marks in share.items()}
 
     def figures(self, results: Sequence[UpdateResult]) -> dict[str, float]:
         """Of all updates together, for the log; `first_is_weight`: mean importance weight of the first, 1 on policy."""
@@ -145,8 +155,13 @@ def _advantages(samples: Sequence[Sample], rl: RLConfig) -> Tensor:
     return group_advantages(rewards, groups, std=rl.advantage_std)
 
 
-def _token_loss(nll: Tensor, *, batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Trainer.accumulate_gradients' loss: the part of these tokens, an unused count, [loss, LossStats] to sum."""
+def _token_loss(
+    nll: Tensor, *, batch: MicroBatch, settings: LossSettings, capped: list[Tensor], context: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Trainer.accumulate_gradients' loss: the part of these tokens, an unused count, [loss, LossStats] to sum.
+
+    capped: takes the marks of the whole micro-batch, all context-parallel ranks' parts in order.
+    """
     values = batch.per_token
     output = policy_loss(
         -nll.float(),
@@ -157,5 +172,12 @@ def _token_loss(nll: Tensor, *, batch: MicroBatch, settings: LossSettings) -> tu
         settings=settings,
         rollout_logp=values.get("rollout_logp"),
     )
+    marks = output.capped
+    if context.size() > 1:
+        parts = [torch.empty_like(marks) for _ in range(context.size())]
+        dist.all_gather(parts, marks.contiguous(), group=context)
+        assert batch.packed is not None and batch.packed.layout is not None
+        marks = batch.packed.layout.unpartition(torch.cat(parts, dim=1), 1)
+    capped.append(marks)
     figures = torch.cat([output.loss.detach().double().view(1), output.stats.as_tensor()])
     return output.loss, torch.ones((), dtype=torch.int, device=nll.device), figures

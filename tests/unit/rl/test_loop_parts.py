@@ -1,0 +1,116 @@
+"""Tasks, settings, validation, the journal record and the page of the RL loop."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_m1.config import ConfigError
+from megatron_m1.config.schema import RLConfig, TaskSource
+from megatron_m1.config.validate import validate_rl
+from megatron_m1.rl.loop import loss_settings
+from megatron_m1.rl.page import write_page
+from megatron_m1.rl.rewards.exact import ExactReward
+from megatron_m1.rl.rewards.protocol import RewardRequest
+from megatron_m1.rl.samples import from_record, to_record
+from megatron_m1.rl.tasks import TaskMix
+from tests.unit.rl.loop_cases import fixed_samples, tiny_config
+
+
+@pytest.mark.parametrize("kind", ["sort", "addition"])
+def test_made_up_tasks_are_right_repeatable_and_held_out_ones_apart(kind):
+    source = TaskSource(kind, size=3)
+    tasks = TaskMix(RLConfig(tasks=[source]), seed=5)
+    train, held_out = ([tasks.task(i, held_out=h) for i in range(300)] for h in (False, True))
+    assert train == [TaskMix(RLConfig(tasks=[source]), seed=5).task(i) for i in range(300)]
+    assert train != [TaskMix(RLConfig(tasks=[source]), seed=6).task(i) for i in range(300)]
+    assert not {t.prompt for t in train} & {t.prompt for t in held_out} and len({t.prompt for t in held_out}) > 50
+    for task in train:
+        if kind == "sort":
+            digits = re.fullmatch(r"sort (\d{3}):", task.prompt)[1]
+            assert "".join(sorted(digits)) == task.task["answer"]
+        else:
+            a, b = re.fullmatch(r"(\d{3})\+(\d{3})=", task.prompt).groups()
+            assert int(task.task["answer"][::-1]) == int(a) + int(b) and len(task.task["answer"]) == 4
+
+
+def test_sources_are_mixed_by_weight(tmp_path):
+    for name in ("train", "held_out"):
+        lines = [{"prompt": f"{name} {i}", "reward": "math", "task": {"answer": "1"}} for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = TaskSource("file", weight=3, path=f"{tmp_path}/train.jsonl", held_out_path=f"{tmp_path}/held_out.jsonl")
+    tasks = TaskMix(RLConfig(tasks=[file, TaskSource("sort")]), seed=1)
+    drawn = [tasks.task(i) for i in range(400)]
+    assert 0.68 < sum(task.reward == "math" for task in drawn) / 400 < 0.82
+    assert {t.prompt.split()[0] for t in (tasks.task(i, held_out=True) for i in range(50))} == {"held_out", "sort"}
+    assert set(tasks.rewards()) == {"exact", "math"}
+    with pytest.raises(ConfigError, match="share 3 prompts"):
+        TaskMix(RLConfig(tasks=[replace(file, held_out_path=file.path)]), seed=1)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "reward": "vibes", "task": {}}\n')
+    with pytest.raises(ConfigError, match=r"train.jsonl:1: reward 'vibes' is unknown"):
+        TaskMix(RLConfig(tasks=[file]), seed=1)
+
+
+def test_exact_reward():
+    def value(response: str) -> float:
+        return ExactReward()(RewardRequest("exact", "sort 21:", response, {"answer": "12"})).value
+
+    assert [value(r) for r in ("12", " 12\n", "1 2", "123", "", "21")] == [1, 1, 0, 0, 0, 0]
+
+
+def test_keys_replace_the_presets_values():
+    assert loss_settings(RLConfig()).interval() == (0.0, 5.0)
+    settings = loss_settings(RLConfig(algorithm="dapo", mask_eps_high=0.3, is_weight_cap=8.0))
+    assert (settings.mask_eps_low, settings.mask_eps_high, settings.is_weight_cap) == (0.2, 0.3, 8.0)
+    assert settings.normalization == "batch_token"
+    with pytest.raises(ConfigError, match="must not exceed is_weight_cap"):
+        loss_settings(RLConfig(is_weight_floor=6.0))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tasks": []}, "leaves nothing to learn"),
+        ({"samples_per_prompt": 1}, "leaves nothing to compare"),
+        ({"samples_per_prompt": 6}, "multiple of rl.samples_per_prompt=6; use 12 or 18"),
+        ({"max_new_tokens": 64}, "must be below training.seq_length=64"),
+        ({"overlong_tokens": 5}, "must not exceed rl.max_new_tokens=4"),
+        ({"tasks": [TaskSource("reasoning_gym")]}, r"needs rl.tasks\[0\].dataset"),
+        ({"refills": -1}, "rl.refills=-1 must be 0 or more"),
+    ],
+)
+def test_what_cannot_run_is_refused(change, message):
+    config = tiny_config()
+    config.data.tokenizer = "somewhere"
+    validate_rl(config, 1)
+    for name, value in change.items():
+        setattr(config.rl, name, value)
+    with pytest.raises(ConfigError, match=message):
+        validate_rl(config, 1)
+
+
+def test_a_record_gives_the_sample_back():
+    sample = replace(fixed_samples()[3], reward=None)
+    back = from_record(json.loads(json.dumps(to_record(sample))))
+    assert replace(back, logprobs=None) == replace(sample, logprobs=None)
+    assert back.logprobs.tobytes() == sample.logprobs.tobytes()
+
+
+class Letters:
+    def decode(self, ids, *, skip_special=True):
+        return "".join("<&>"[i % 3] for i in ids)
+
+
+def test_the_page_shows_tokens_and_marks_the_capped_ones(tmp_path):
+    samples = fixed_samples()
+    samples[1] = replace(samples[1], reward=None, reward_error="<boom>")
+    marks = torch.zeros(len(samples[0].response), dtype=torch.bool)
+    marks[0] = True
+    path = tmp_path / "pages/step.html"
+    write_page(path, title="a<b", samples=samples, capped={0: marks}, tokenizer=Letters(), max_groups=2)
+    page = path.read_text()
+    assert page.count('class="sample"') == 8 and page.count("token capped") == 1 and page.count("not trained on") == 7
+    assert page.count('<span class="token') == sum(len(sample.response) for sample in samples[:8])
+    assert "&lt;boom&gt;" in page and "<boom>" not in page and "a&lt;b" in page and "2 of 4 prompts" in page
