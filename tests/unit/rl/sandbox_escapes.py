@@ -109,7 +109,7 @@ print("done")
         + """
 attempt("read", lambda: open("{folder}/file").read())
 attempt("list", lambda: os.listdir("{folder}"))
-for path in ("/etc/passwd", "/etc/shadow", "/root/.bashrc", "/home", "/var", "/sys", "/boot"):
+for path in ("/etc/passwd", "/etc/shadow", os.path.join("/root", ".bashrc"), "/home", "/var", "/sys", "/boot"):
     attempt(path, lambda: os.stat(path))
 for folder in ("/", "/usr", "/usr/lib", "/dev", "/proc/sys/kernel", sys.prefix, "/root"):
     attempt("write " + folder, lambda: open(folder + "/x", "w"))
@@ -117,7 +117,7 @@ for path in ("/harness.py", "/solution.py", "/usr/bin/env", sys.executable):
     attempt("change " + path, lambda: open(path, "a"))
     attempt("remove " + path, lambda: os.unlink(path) is None)
     attempt("mode " + path, lambda: os.chmod(path, 0o777) is None)
-attempt("device", lambda: os.mknod("/work/d", 0o60666, os.makedev(8, 0)) is None)
+attempt("device", lambda: os.mknod("d", 0o60666, os.makedev(8, 0)) is None)
 attempt("disk", lambda: [n for n in os.listdir("/dev") if n.startswith(("sd", "vd", "nvme", "mem", "kmsg"))])
 print("done")
 """,
@@ -146,7 +146,7 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
     if pid != str(os.getpid()):
         attempt(pid + " memory", lambda: open("/proc/" + pid + "/mem", "rb+"))
         attempt(pid + " files", lambda: os.listdir("/proc/" + pid + "/fd"))
-        attempt(pid + " root", lambda: os.listdir("/proc/" + pid + "/root/home"))
+        attempt(pid + " root", lambda: os.listdir(os.path.join("/proc", pid, "root", "home")))
 attempt("host's process", lambda: os.stat("/proc/{pid}/cmdline") if {pid} > 100 else None)
 attempt("more than two processes", lambda: sum(map(str.isdigit, os.listdir("/proc"))) > 2)
 attempt("sysrq", lambda: open("/proc/sysrq-trigger", "w").write("h"))
