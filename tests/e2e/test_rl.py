@@ -121,6 +121,7 @@ def test_held_out_reward_rises_on_two_data_parallel_ranks(folder, ranks):
         assert 0 <= step["discard_rate"] < 1 and step["kept"] == SAMPLES and math.isfinite(step["grad_norm"])
     records = [r for path in (folder / "dp2/journal").glob("step_00000001.*") for r in read_journal(path)]
     assert len({r["number"] for r in records}) == len(records) == steps[1]["sampled"]
+    assert (folder / "dp2/log/rollouts/step_00000006.html").read_text().count('class="sample"') >= SAMPLES
     assert len(list((folder / "dp2/journal").glob("step_00000001.replica_*"))) == 2
 
 

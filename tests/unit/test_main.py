@@ -10,7 +10,7 @@ from megatron_m1.__main__ import main
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["train"], "error: train is not a command; use pretrain, generate, equality or doctor."),
+        (["train"], "error: train is not a command; use pretrain, rl, generate, equality or doctor."),
         (
             ["pretrain", "--dry-run", "--parallel.tensor=3"],
             "parallel.tensor=3 must divide model.num_attention_heads=64",
