@@ -54,7 +54,7 @@ def lightning_attention_triton(
     Products of 16-bit inputs take 16-bit operands (scores, decayed values and the state rounded to them as operands only) and
     accumulate in float32; float32 inputs run as three TF32 products. Saves its inputs and the states between spans.
     """
-    o, final_state = _Attention.apply(q, k, v, slopes, initial_state, cu_seqlens, strategy)
+    o, final_state = _Attention.apply(q, k, v, slopes, initial_state, cu_seqlens, return_final_state, strategy)
     return (o, final_state) if return_final_state else o
 
 
@@ -69,7 +69,9 @@ def lightning_attention_packed_triton(
     strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """As `lightning_attention_packed`. SiLU is a pass of its own each way: inside the sweeps it costs more (see LOG.md)."""
-    o, final_state = _PackedAttention.apply(qkv, slopes, initial_state, cu_seqlens, activation == "silu", strategy)
+    o, final_state = _PackedAttention.apply(
+        qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", strategy
+    )
     return (o, final_state) if return_final_state else o
 
 
@@ -106,13 +108,20 @@ class Tiling:
     stages: int
 
 
-def tiling(kernel: str, dtype: torch.dtype, padded_dim: int) -> Tiling:
-    """Fixed by kernel ("sweep", "local"), dtype and head_dim, never tuned at run time: bits would change."""
+def tiling(kernel: str, dtype: torch.dtype, padded_dim: int, capability: int) -> Tiling:
+    """Of kernel "sweep" or "local" on compute capability `capability` (times ten); never tuned at run time: bits would change.
+
+    The widest tiles whose loops spill no register (`compile_check`); on sm_90 at head_dim 128 the fastest of those measured.
+    """
     if dtype == torch.float32:
         return Tiling(32, min(padded_dim, 32), 4, 1)
+    if capability < 90:
+        return Tiling(32 if padded_dim == 256 and kernel == "sweep" else CHUNK, min(padded_dim, 32), 8, 2)
     if padded_dim == 256:
-        return Tiling(CHUNK, 64, 8, 2)
-    return Tiling(CHUNK, min(padded_dim, 64), 4, 3)
+        narrow = kernel == "sweep" and capability < 100
+        return Tiling(32, 32, 8, 2) if narrow else Tiling(CHUNK, 64, 8, 2)
+    wide = kernel == "sweep" and capability >= 100 and padded_dim == 128
+    return Tiling(CHUNK, min(padded_dim, 64), 8 if wide else 4, 3)
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,11 @@ class _Call:
     @property
     def blocks(self) -> int:
         """Value blocks of one head in a sweep."""
-        return -(-self.dim // tiling("sweep", self.dtype, self.padded_dim).values)
+        return -(-self.dim // self.tiling("sweep").values)
+
+    def tiling(self, kernel: str) -> Tiling:
+        major, minor = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (9, 0)
+        return tiling(kernel, self.dtype, self.padded_dim, 10 * major + minor)
 
     @property
     def processors(self) -> int:
@@ -166,6 +179,10 @@ class _Call:
 
     def states(self, segment: int) -> torch.Tensor:
         shape = (self.spans(segment), self.heads, self.dim, self.dim)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def document_states(self) -> torch.Tensor:
+        shape = (self.documents, self.heads, self.dim, self.dim)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def descriptor(self, x: torch.Tensor, rows: int, columns: int) -> Any:
@@ -201,17 +218,16 @@ class _Call:
         """Launch `triton_lightning.sweep`; transposed: the states in memory are the transposes of the sweep's."""
         from m1_kernels import triton_lightning
 
-        tile = tiling("sweep", self.dtype, self.padded_dim)
+        tile = self.tiling("sweep")
         wide = (tile.chunk, self.padded_dim)
         narrow = (tile.chunk, tile.values)
-        states = (1, self.dim) if transposed else (self.dim, 1)
         absent = self.slopes
         triton_lightning.sweep[(self.spans(segment) * self.heads * self.blocks,)](
             self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow), self.descriptor(out, *narrow),
             out, *out.stride()[:3], self.slopes, absent if self.cu_seqlens is None else self.cu_seqlens,
             absent if entry is None else entry, absent if saved is None else saved, absent if left is None else left,
-            self.tokens, self.heads, segment, save, self.documents, *states,
-            BV=tile.values, C=tile.chunk, REVERSE=reverse, ENTRY=0 if entry is None else 1 + entry_per_span,
+            self.tokens, self.heads, segment, save, self.documents,
+            BV=tile.values, C=tile.chunk, REVERSE=reverse, TRANSPOSED=transposed, ENTRY=0 if entry is None else 1 + entry_per_span,
             SAVING=saved is not None, LEAVING=left is not None,
             STAGES=tile.stages, num_warps=tile.warps, **self._common(),
         )  # fmt: skip
@@ -219,8 +235,9 @@ class _Call:
     def local_states(self, states, b, v, segment, *, reverse, every=False, horizon=True) -> None:
         from m1_kernels import triton_lightning
 
-        tile = tiling("local", self.dtype, self.padded_dim)
-        triton_lightning.local_states[(self.spans(segment) * self.heads * self.blocks,)](
+        tile = self.tiling("local")
+        blocks = -(-self.dim // tile.values)
+        triton_lightning.local_states[(self.spans(segment) * self.heads * blocks,)](
             self.descriptor(b, tile.chunk, self.padded_dim), self.descriptor(v, tile.chunk, tile.values), self.slopes,
             self.slopes if self.cu_seqlens is None else self.cu_seqlens, states,
             self.tokens, self.heads, segment, self.documents,
@@ -268,13 +285,13 @@ class _Plan:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, slopes, initial_state, cu_seqlens, strategy: str):
+    def forward(ctx, q, k, v, slopes, initial_state, cu_seqlens, return_final_state: bool, strategy: str):
         call = _Call.of(q, slopes, cu_seqlens)
         plan = _Plan.of(call, strategy)
         q, k, v = (_readable(x) for x in (q, k, v))
         o = _output_like(q)
         needed = any(ctx.needs_input_grad)
-        final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed)
+        final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
         ctx.call, ctx.plan = call, plan
         ctx.save_for_backward(q, k, v, initial_state, states)
         ctx.set_materialize_grads(False)
@@ -287,19 +304,19 @@ class _Attention(torch.autograd.Function):
         grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
         dinitial = _backward(ctx.call, ctx.plan, q, k, v, do, dfinal, *grads, states, initial=initial_state is not None)
-        return *grads, None, dinitial, None, None
+        return *grads, None, dinitial, None, None, None
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, slopes, initial_state, cu_seqlens, activate: bool, strategy: str):
+    def forward(ctx, qkv, slopes, initial_state, cu_seqlens, return_final_state: bool, activate: bool, strategy: str):
         qkv = _readable(qkv)
         q, k, v = _activated(qkv, activate)
         call = _Call.of(q, slopes, cu_seqlens)
         plan = _Plan.of(call, strategy)
         o = _output_like(q)
         needed = any(ctx.needs_input_grad)
-        final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed)
+        final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
         ctx.call, ctx.plan, ctx.activate = call, plan, activate
         ctx.save_for_backward(qkv, initial_state, states)
         ctx.set_materialize_grads(False)
@@ -318,7 +335,7 @@ class _PackedAttention(torch.autograd.Function):
         )  # fmt: skip
         if ctx.activate:
             torch.ops.aten.silu_backward.grad_input(dqkv, qkv, grad_input=dqkv)
-        return dqkv, None, dinitial, None, None, None
+        return dqkv, None, dinitial, None, None, None, None
 
 
 def _activated(qkv: torch.Tensor, activate: bool) -> tuple[torch.Tensor, ...]:
@@ -326,12 +343,14 @@ def _activated(qkv: torch.Tensor, activate: bool) -> tuple[torch.Tensor, ...]:
     return qkv.split(qkv.shape[-1] // 3, dim=-1)
 
 
-def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: bool):
-    """Write o; returns (final state [S, H, D, D], states entering the spans of plan.save or None)."""
-    final_state = torch.empty(call.documents, call.heads, call.dim, call.dim, dtype=torch.float32, device=call.device)
+def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: bool, leaving: bool):
+    """Write o; returns (final state [S, H, D, D] if `leaving`, states entering the spans of plan.save if `saving`)."""
+    final_state = call.document_states() if leaving else None
     if not call.tokens or not call.documents:
         o.zero_()
-        return final_state.zero_() if initial_state is None else final_state.copy_(initial_state), None
+        if final_state is not None:
+            final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
+        return final_state, None
     initial_state = None if initial_state is None else initial_state.contiguous()
     if plan.forward == WHOLE:
         states = call.states(plan.save) if saving else None
@@ -346,11 +365,7 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
 
 def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, states, *, initial: bool):
     """Write dq, dk, dv; returns the gradient of the initial state [S, H, D, D] if `initial`."""
-    dinitial = (
-        torch.empty(call.documents, call.heads, call.dim, call.dim, dtype=torch.float32, device=call.device)
-        if initial
-        else None
-    )
+    dinitial = call.document_states() if initial else None
     if not call.tokens or not call.documents:
         for x in (dq, dk, dv):
             x.zero_()

@@ -10,10 +10,13 @@ One sweep, in either direction of time, computes all four outputs, s being the h
     out_i = sum_{j >= i} e^{-s(j-i)} (a_i . b_j) v_j          dv = reverse (k, q, do)    dk = reverse  (v, do, q)
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
-__all__ = ["local_states", "scan_states", "sweep"]
+__all__ = ["compile_cases"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -88,14 +91,6 @@ def _decays(s, n, C: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _slot(Cu, document, T, SAVE, index, VARLEN: tl.constexpr):
-    """Place of the state that is saved before token index * SAVE of a document, int64."""
-    if VARLEN:
-        return tl.load(Cu + document).to(tl.int64) // SAVE + document + index
-    return (document * tl.maximum(tl.cdiv(T, SAVE), 1) + index).to(tl.int64)
-
-
-@triton.jit
 def _advance(a, b, v, state, pairs, read, left, whole, PRECISION: tl.constexpr, EXACT: tl.constexpr):
     """(out, next state) of one chunk, float32, both transposed: [BV, C] and [BV, DP].
 
@@ -148,6 +143,14 @@ def _chunk(
 
 
 @triton.jit
+def _store_rows(Rows, out, t, n, columns, stride_t, C: tl.constexpr, D: tl.constexpr):
+    """Store the first n rows of out [C, BV] at the tokens from t on."""
+    i = tl.arange(0, C)
+    rows = (t + i).to(tl.int64)[:, None] * stride_t
+    tl.store(Rows + rows, out.to(Rows.dtype.element_ty), mask=(i < n)[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
 def sweep(
     A,
     B_,
@@ -167,14 +170,13 @@ def sweep(
     SEGMENT,
     SAVE,
     documents,
-    entry_row,
-    entry_column,
     D: tl.constexpr,
     DP: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr,
     VARLEN: tl.constexpr,
     REVERSE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     ENTRY: tl.constexpr,
     SAVING: tl.constexpr,
     LEAVING: tl.constexpr,
@@ -186,8 +188,8 @@ def sweep(
 
     A, B_: descriptors with blocks [1, C, 1, DP]; V, Out: [1, C, 1, BV]. OutRows: the tensor behind Out, for chunks that are not
     full.
-    Entry: states, float32 [., H, D, D], that the spans (ENTRY = 2) or documents (1) start from; element (row, column) of
-    the sweep's own state lies at row * entry_row + column * entry_column. ENTRY = 0: zero.
+    Entry: states, float32 [., H, D, D], that the spans (ENTRY = 2) or documents (1) start from; 0: they start from zero.
+    TRANSPOSED: the states in memory are the transposes of the sweep's own.
     Saved: [., H, D, D], the state before every SAVE-th token of a document. SAVE is a multiple of C.
     Left: [documents, H, D, D], the state after the last token of a document in the direction of the sweep.
     """
@@ -200,21 +202,17 @@ def sweep(
     channels = tl.arange(0, DP)
     columns = e + tl.arange(0, BV)
     inside = (columns < D)[:, None] & (channels < D)[None, :]
-    places = columns[:, None] * entry_column + channels[None, :] * entry_row
-    base = row.to(tl.int64) * stride_ob + h * stride_oh + columns[None, :]
-    out_rows = OutRows + base
-    i = tl.arange(0, C)
+    if TRANSPOSED:
+        places = columns[:, None] * D + channels[None, :]
+    else:
+        places = columns[:, None] + channels[None, :] * D
+    out_rows = OutRows + row.to(tl.int64) * stride_ob + h * stride_oh + columns[None, :]
 
     if VARLEN:
         if document == documents:
-            zeros = tl.zeros([C, BV], tl.float32).to(OutRows.dtype.element_ty)
+            zeros = tl.zeros([C, BV], tl.float32)
             for t in range(0, tokens, C):
-                rows = (start + t + i).to(tl.int64)
-                tl.store(
-                    out_rows + rows[:, None] * stride_ot,
-                    zeros,
-                    mask=((t + i) < tokens)[:, None] & (columns < D)[None, :],
-                )
+                _store_rows(out_rows, zeros, start + t, tokens - t, columns, stride_ot, C, D)
             tokens = 0
             is_first = False
             is_last = False
@@ -232,6 +230,12 @@ def sweep(
             Entry + (w.to(tl.int64) * H + h) * D * D + places, mask=inside & ((tokens > 0) | begins), other=0.0
         )
 
+    if VARLEN:
+        slot = start // SAVE + document
+    else:
+        slot = document * tl.maximum(tl.cdiv(T, SAVE), 1)
+    saved_states = Saved + (slot.to(tl.int64) * H + h) * D * D
+
     s = tl.load(Slopes + h) * LOG2_E
     whole = tl.exp2(-s * C)
     full = tokens // C * C
@@ -239,8 +243,6 @@ def sweep(
         # 1 to C tokens of the last chunk stay: a branch around a product before the loop makes ptxas serialise all of them
         full = tl.maximum(tl.cdiv(tokens, C) - 1, 0) * C
     rest = tokens - full
-    last = (start + full + i).to(tl.int64)[:, None] * stride_ot
-    kept = (i < rest)[:, None] & (columns < D)[None, :]
 
     if REVERSE:
         pairs, read, left = _decays(s, rest, C, REVERSE)
@@ -248,13 +250,13 @@ def sweep(
             A, B_, V, row, start + full, h, e, rest, state, pairs, read, left, tl.exp2(-s * rest),
             C, DP, BV, True, PRECISION, EXACT,
         )  # fmt: skip
-        tl.store(out_rows + last, out.to(OutRows.dtype.element_ty), mask=kept)
+        _store_rows(out_rows, out, start + full, rest, columns, stride_ot, C, D)
 
     pairs, read, left = _decays(s, C, C, REVERSE)
     for saved in range(0, tl.maximum(full, 1), SAVE):
         if SAVING:
-            slot = _slot(Cu, document, T, SAVE, saved // SAVE, VARLEN)
-            tl.store(Saved + (slot * H + h) * D * D + places, state, mask=inside & (tokens > 0))
+            tl.store(saved_states + places, state, mask=inside & (tokens > 0))
+            saved_states += H * D * D
         for t0 in tl.range(saved, tl.minimum(saved + SAVE, full), C, num_stages=STAGES):
             t = start + t0
             if REVERSE:
@@ -269,14 +271,13 @@ def sweep(
         if rest > 0:
             if SAVING:
                 if (full > 0) & (full % SAVE == 0):
-                    slot = _slot(Cu, document, T, SAVE, full // SAVE, VARLEN)
-                    tl.store(Saved + (slot * H + h) * D * D + places, state, mask=inside)
+                    tl.store(saved_states + places, state, mask=inside)
             pairs, read, left = _decays(s, rest, C, REVERSE)
             out, state = _chunk(
                 A, B_, V, row, start + full, h, e, rest, state, pairs, read, left, tl.exp2(-s * rest),
                 C, DP, BV, True, PRECISION, EXACT,
             )  # fmt: skip
-            tl.store(out_rows + last, out.to(OutRows.dtype.element_ty), mask=kept)
+            _store_rows(out_rows, out, start + full, rest, columns, stride_ot, C, D)
 
     if LEAVING:
         tl.store(Left + (document.to(tl.int64) * H + h) * D * D + places, state, mask=inside & ends)
@@ -410,3 +411,39 @@ def scan_states(
         state = state * tl.exp2(-s * tokens.to(tl.float32)) + left
     if LEAVING:
         tl.store(Left + element, state)
+
+
+def compile_cases(
+    capability: int,
+) -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
+    """(name, kernel, signature, constexprs, options) of the kernels as M1 launches them, for `compile_check`."""
+    # Here and not above: the launch module imports this one when it launches.
+    from m1_kernels.triton_attention import tiling
+
+    types = dict.fromkeys(("Slopes", "Entry", "Saved", "Left", "States", "Initial"), "*fp32:16")
+    types |= {"Cu": "*i32:16", "OutRows": "*bf16:16"} | dict.fromkeys(
+        ("T", "documents", "entry_row", "entry_column"), "i32"
+    )
+
+    def case(kernel: triton.JITFunction, label: str, dim: int, *, varlen: bool = False, **constants: object):
+        tile = tiling("sweep" if kernel is sweep else "local", torch.bfloat16, dim, capability)
+        values = {"D": dim, "DP": dim, "BV": tile.values, "C": tile.chunk, "VARLEN": varlen, "PRECISION": "ieee"}
+        values |= {"EXACT": True, "STAGES": tile.stages, "BLOCK": 1024, "HORIZON": True, **constants}
+        values = {name: value for name, value in values.items() if name in kernel.arg_names}
+        signature = {name: "constexpr" if name in values else types.get(name, "i32:16") for name in kernel.arg_names}
+        for name in {"A", "B_", "V", "Out"} & set(kernel.arg_names):
+            signature[name] = f"tensordesc<bf16[1,{tile.chunk},1,{tile.values if name in ('V', 'Out') else dim}]>"
+        launch = {"num_warps": 4 if kernel is scan_states else tile.warps}
+        return f"{kernel.__name__} {label}[{dim}{' packed' if varlen else ''}]", kernel, signature, values, launch
+
+    forward: dict[str, Any] = {"REVERSE": False, "TRANSPOSED": False, "ENTRY": 0, "SAVING": True, "LEAVING": False}
+    spans: dict[str, Any] = {"REVERSE": False, "TRANSPOSED": True, "ENTRY": 2, "SAVING": False, "LEAVING": False}
+    reverse: dict[str, Any] = {"REVERSE": True, "TRANSPOSED": True, "ENTRY": 0, "SAVING": False, "LEAVING": False}
+    cases = [case(sweep, "of spans ", 128, **spans), case(sweep, "", 128, varlen=True, **forward)]
+    for dim in (64, 128, 256):
+        cases += [case(sweep, "", dim, **forward), case(sweep, "reverse ", dim, **reverse)]
+    cases += [
+        case(local_states, "", 128, REVERSE=False, EVERY=False),
+        case(local_states, "", 256, REVERSE=True, EVERY=True),
+    ]
+    return [*cases, case(scan_states, "", 128, varlen=True, REVERSE=False, INITIAL=True, LEAVING=False)]

@@ -1,0 +1,117 @@
+"""Compile every Triton kernel for GPUs that need not be there: `python -m m1_kernels.compile_check [--targets 80 90 100]`.
+
+Prints registers, bytes of stack, shared memory and, of the innermost loops that hold matrix products, the matrix
+instructions and the spilled accesses. Exits with 1 if such a loop spills, if a kernel without such a loop spills at all,
+or if on sm_90 the compiler waits for every matrix instruction (it then says so nowhere, and the kernel runs at half speed).
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m1_kernels.triton_runtime import interpreting
+
+__all__ = ["Loop", "hot_loops", "main"]
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);")
+BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
+SPILL = re.compile(r"\b(LDL|STL)\b")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop with matrix products: how many of its instructions are products, spills, waits for products."""
+
+    products: int
+    spills: int
+    waits: int
+
+
+def hot_loops(sass: str) -> list[Loop]:
+    """The innermost loops of a disassembly that hold matrix products."""
+    code = [(int(address, 16), text) for address, text in INSTRUCTION.findall(sass)]
+    spans = []
+    for address, text in code:
+        branch = BRANCH.search(text)
+        if branch and int(branch[1], 16) < address:
+            spans.append((int(branch[1], 16), address))
+    loops = []
+    for first, last in spans:
+        body = [text for address, text in code if first <= address <= last]
+        products = sum(bool(PRODUCT.search(text)) for text in body)
+        inner = any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
+        if products and not inner:
+            spills = sum(bool(SPILL.search(text)) for text in body)
+            loops.append(Loop(products, spills, sum("WARPGROUP.DEPBAR" in text for text in body)))
+    return loops
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], help="compute capability times ten")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    options = parser.parse_args(arguments)
+    if interpreting():
+        print("TRITON_INTERPRET=1 is set; the interpreter compiles nothing", file=sys.stderr)
+        return 2
+    from m1_kernels import triton_decode, triton_lightning, triton_norm, triton_swiglu
+
+    failures = []
+    print(f"{'kernel':48} {'sm':>4} {'registers':>9} {'stack':>6} {'shared':>7}  hot loops (products, spills)")
+    for target in options.targets:
+        cases = triton_lightning.compile_cases(target)
+        for module in (triton_norm, triton_swiglu, triton_decode):
+            cases += module.compile_cases()
+        for name, kernel, signature, constants, launch in cases:
+            if options.only not in name:
+                continue
+            registers, stack, shared, sass = _compile(kernel, signature, constants, launch, target)
+            loops = hot_loops(sass)
+            described = ", ".join(f"({loop.products}, {loop.spills})" for loop in loops) or "none"
+            print(f"{name:48} {target:>4} {registers:>9} {stack:>6} {shared:>7}  {described}", flush=True)
+            spilled = sum(loop.spills for loop in loops) if loops else len(SPILL.findall(sass))
+            if spilled:
+                failures.append(f"{name} for sm_{target} spills: {spilled} accesses; use smaller tiles or more warps")
+            if target == 90 and any(loop.waits >= loop.products > 1 for loop in loops):
+                failures.append(
+                    f"{name} for sm_90 waits for each matrix product; keep branches around products off its loops"
+                )
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _compile(kernel: Any, signature: dict[str, str], constants: dict, launch: dict, target: int):
+    """(registers, bytes of stack, bytes of shared memory, disassembly). A type ending in ":16" is one that 16 divides."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    divisible = {
+        (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name].endswith(":16")
+    }
+    types = {name: signature[name].removesuffix(":16") for name in names}
+    source = ASTSource(kernel, types, constants, divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(launch))
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(compiled.asm["cubin"])
+        binary.flush()
+        usage, sass = (
+            subprocess.run([str(tool), option, binary.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]), int(found[2]), compiled.metadata.shared, sass
+
+
+if __name__ == "__main__":
+    sys.exit(main())
