@@ -4,7 +4,7 @@ import inspect
 import itertools
 
 import torch
-from m1_kernels.softmax_blocks import softmax_attention_backward, softmax_attention_forward
+from m1_kernels.softmax_blocks import longest_document, softmax_attention_backward, softmax_attention_forward
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -76,8 +76,7 @@ def _document_by_document(q, k, v, scale: float, cu_seqlens: torch.Tensor, causa
 def _varlen(q, k, v, scale: float, cu_seqlens, max_seqlen: int | None, causal: bool) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max())
+    max_seqlen = longest_document(cu_seqlens, max_seqlen)
     covered = (torch.arange(q.shape[1], device=q.device) < cu_seqlens[-1])[:, None, None]
     q, k, v = (_ZeroPaddingGradient.apply(x[0], covered) for x in (q, k, v))
     grouped = {}

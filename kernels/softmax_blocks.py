@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["merge_attention", "softmax_attention_backward", "softmax_attention_forward"]
+__all__ = ["longest_document", "merge_attention", "softmax_attention_backward", "softmax_attention_forward"]
 
 HALF = (torch.float16, torch.bfloat16)
 SCORES_AT_ONCE = 2**27
@@ -43,7 +43,7 @@ def softmax_attention_forward(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _dense_forward(q, k, v, scale, causal)
     if _flash_on_cuda(q):
-        longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
+        longest = longest_document(cu_seqlens_q, max_seqlen_q), longest_document(cu_seqlens_k, max_seqlen_k)
         o, lse = _flash_cuda_forward(q[0], k[0], v[0], scale, causal, (cu_seqlens_q, cu_seqlens_k, *longest))
         covered = _covered(q, cu_seqlens_q)
         return o.where(covered[:, None, None], 0)[None], lse.where(covered, -torch.inf)[None]
@@ -76,7 +76,7 @@ def softmax_attention_backward(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _dense_backward(do, q, k, v, o, lse, scale, causal)
     if _flash_on_cuda(q):
-        longest = _longest(cu_seqlens_q, max_seqlen_q), _longest(cu_seqlens_k, max_seqlen_k)
+        longest = longest_document(cu_seqlens_q, max_seqlen_q), longest_document(cu_seqlens_k, max_seqlen_k)
         pack = cu_seqlens_q, cu_seqlens_k, *longest
         gradients = _flash_cuda_backward(do[0], q[0], k[0], v[0], o[0], lse[0], scale, causal, pack)
         edges = cu_seqlens_q, cu_seqlens_k, cu_seqlens_k
@@ -212,8 +212,9 @@ def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[sli
             yield slice(start, end), slice(first_key, last_key)
 
 
-def _longest(cu_seqlens: Tensor, max_seqlen: int | None) -> int:
-    return int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+def longest_document(cu_seqlens: Tensor, max_seqlen: int | None) -> int:
+    """An upper bound of the documents' lengths, at least 2: for single queries flash-attention takes q for [S, H, D], padding and all."""
+    return max(2, int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen)
 
 
 def _covered(x: Tensor, cu_seqlens: Tensor) -> Tensor:
