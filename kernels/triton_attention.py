@@ -90,10 +90,12 @@ def lightning_state_triton(
     horizon: tokens whose weight is exactly zero in float32 are not read; False reads them, with bitwise equal results.
     """
     call = _Call.of(k, slopes, cu_seqlens)
+    left = call.document_states()
+    if not call.tokens or not call.documents:
+        return left.zero_()
     segment = segment or call.segment(1)
     states = call.states(segment)
-    call.local_states(states, k, v, segment, reverse=reverse, every=True, horizon=horizon)
-    left = torch.zeros(call.documents, call.heads, call.dim, call.dim, dtype=torch.float32, device=k.device)
+    call.local_states(states, _readable(k), _readable(v), segment, reverse=reverse, every=True, horizon=horizon)
     call.scan(states, segment, None, left, reverse=reverse)
     return left
 
