@@ -1,0 +1,117 @@
+"""Bitwise promises of the Triton kernels at M1's head width, and the traffic that they promise not to cause."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from m1_kernels import lightning_attention, triton_attention
+from m1_kernels.triton_attention import CHUNK, lightning_state_triton
+
+from tests.gpu.lightning_checks import DEVICE, Inputs, assert_same_bits, make_inputs, triton
+
+pytestmark = pytest.mark.gpu
+
+D, HEADS, SEGMENT = 128, 8, 512
+DOCUMENTS = (700, 0, 1, 2600, 63, 65, 64, 4607)
+"""Long enough for spans that would be chosen by the number of tokens to differ between the pack and its documents."""
+ALONE = (0, 1, 3, 4, 7)
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "SEGMENT", SEGMENT)
+
+
+def pack() -> Inputs:
+    return make_inputs(sum(DOCUMENTS) + 92, HEADS, D, torch.bfloat16, documents=DOCUMENTS)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "segmented"])
+def test_a_packed_document_has_the_bits_of_the_same_alone(strategy: str) -> None:
+    inputs = pack()
+    packed = triton(inputs, strategy)
+    for document in ALONE:
+        first, length = sum(DOCUMENTS[:document]), DOCUMENTS[document]
+        alone = triton(inputs.span(first, first + length, document), strategy)
+        mine = {
+            name: x[document : document + 1] if "state" in name else x[:, first : first + length]
+            for name, x in packed.items()
+        }
+        assert_same_bits(mine, alone)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "segmented", "auto"])
+def test_runs_repeat_bitwise(strategy: str) -> None:
+    for inputs in (pack(), make_inputs(4098, HEADS, D, torch.bfloat16)):
+        first = triton(inputs, strategy)
+        for _ in range(5):
+            assert_same_bits(triton(inputs, strategy), first)
+
+
+@pytest.mark.parametrize("strategy, cut", [("fused", 33 * CHUNK), ("segmented", 5 * SEGMENT)])
+def test_a_resumed_prefill_has_the_bits_of_the_whole_one(strategy: str, cut: int) -> None:
+    inputs = make_inputs(4098, HEADS, D, torch.bfloat16)
+    q, k, v = inputs.qkv.split(D, dim=-1)
+    attend = functools.partial(
+        lightning_attention, slopes=inputs.decay, return_final_state=True, implementation="triton", strategy=strategy
+    )
+    whole, final = attend(q, k, v, initial_state=inputs.initial)
+    head, state = attend(*(x[:, :cut] for x in (q, k, v)), initial_state=inputs.initial)
+    tail, resumed = attend(*(x[:, cut:] for x in (q, k, v)), initial_state=state)
+    assert torch.equal(torch.cat([head, tail], dim=1), whole)
+    assert torch.equal(resumed, final)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_tokens_beyond_the_exact_zero_horizon_are_not_read(reverse: bool) -> None:
+    """Spans of 4096 tokens with the slopes of layer 0: the first head sees 113 tokens, the last all of them."""
+    inputs = make_inputs(8192, HEADS, D, torch.bfloat16, layer=0)
+    _, k, v = inputs.qkv.split(D, dim=-1)
+    state = functools.partial(lightning_state_triton, slopes=inputs.decay, reverse=reverse, segment=4096)
+    assert torch.equal(state(k, v), state(k, v, horizon=False))
+    unseen = slice(1024, 4096) if reverse else slice(4096, 7168)
+    poisoned = v.clone()
+    poisoned[:, unseen] = float("nan")
+    assert state(k, poisoned, horizon=False).isnan().flatten(2).any(-1).all()
+    assert state(k, poisoned)[:, 0].isfinite().all()
+    assert state(k, poisoned)[:, -1].isnan().any()
+
+
+@pytest.mark.parametrize("strategy", ["fused", "segmented"])
+def test_nan_of_one_document_stays_there(strategy: str) -> None:
+    inputs = pack()
+    clean = triton(inputs, strategy)
+    first, last = DOCUMENTS[0] + 1, DOCUMENTS[0] + 1 + DOCUMENTS[3]
+    poisoned = replace(inputs, qkv=inputs.qkv.clone(), initial=inputs.initial.clone(), do=inputs.do.clone())
+    poisoned.qkv[:, first:last] = poisoned.do[:, first:last] = poisoned.initial[3] = float("nan")
+    dirty = triton(poisoned, strategy)
+    for x in dirty.values():
+        assert x.isnan().any()
+    for run in (clean, dirty):
+        for name, x in run.items():
+            (x[3] if "state" in name else x[:, first:last]).zero_()
+    assert_same_bits(dirty, clean)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "segmented"])
+def test_every_buffer_is_written_before_it_is_read(strategy: str) -> None:
+    """Deterministic algorithms fill new memory with NaN; nothing may complain of one that is not deterministic, or see them."""
+    inputs = pack()
+    expected = triton(inputs, strategy)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(4, device=DEVICE).isnan().all()
+        actual = triton(inputs, strategy)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(actual, expected)
+
+
+def test_views_of_the_packed_projection_are_read_in_place() -> None:
+    inputs = make_inputs(16_384, HEADS, D, torch.bfloat16)
+    q, k, v = inputs.qkv.split(D, dim=-1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    lightning_attention(q, k, v, inputs.decay, implementation="triton", strategy="fused")
+    assert torch.cuda.max_memory_allocated() - before < 1.01 * q.numel() * q.element_size()
