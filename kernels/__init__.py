@@ -4,7 +4,12 @@ Depends on torch (and triton) only. Importing has no side effects.
 """
 
 from m1_kernels.decode import lightning_attention_step
-from m1_kernels.dispatch import lightning_attention, lightning_attention_packed
+from m1_kernels.dispatch import (
+    lightning_attention,
+    lightning_attention_packed,
+    lightning_attention_read,
+    lightning_attention_state,
+)
 from m1_kernels.pointwise import gated_rms_norm, rms_norm, swiglu
 from m1_kernels.reference import lightning_attention_reference
 from m1_kernels.slopes import slopes
@@ -15,7 +20,9 @@ __all__ = [
     "gated_rms_norm",
     "lightning_attention",
     "lightning_attention_packed",
+    "lightning_attention_read",
     "lightning_attention_reference",
+    "lightning_attention_state",
     "lightning_attention_step",
     "merge_attention",
     "rms_norm",

@@ -60,13 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     if interpreting():
         print("TRITON_INTERPRET=1 is set; the interpreter compiles nothing", file=sys.stderr)
         return 2
-    from m1_kernels import triton_decode, triton_lightning, triton_norm, triton_swiglu
+    from m1_kernels import triton_decode, triton_lightning, triton_norm, triton_states, triton_swiglu
 
     failures = []
     print(f"{'kernel':48} {'sm':>4} {'registers':>9} {'stack':>6} {'shared':>7}  hot loops (products, spills)")
     for target in options.targets:
         cases = triton_lightning.compile_cases(target)
-        for module in (triton_norm, triton_swiglu, triton_decode):
+        for module in (triton_norm, triton_swiglu, triton_decode, triton_states):
             cases += module.compile_cases()
         for name, kernel, signature, constants, launch in cases:
             if options.only not in name:

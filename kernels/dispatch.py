@@ -1,12 +1,22 @@
 """Which implementation of lightning attention runs, and why."""
 
+from typing import Any
+
 import torch
 from m1_kernels import triton_attention
 from m1_kernels.choice import Implementation, choose
 from m1_kernels.chunked import lightning_attention_chunked, lightning_attention_packed_chunked
 from m1_kernels.reference import lightning_attention_reference
+from m1_kernels.states import document_states_torch, read_states_torch
 
-__all__ = ["IMPLEMENTATIONS", "PACKED_IMPLEMENTATIONS", "lightning_attention", "lightning_attention_packed"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PACKED_IMPLEMENTATIONS",
+    "lightning_attention",
+    "lightning_attention_packed",
+    "lightning_attention_read",
+    "lightning_attention_state",
+]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -22,6 +32,12 @@ def _packed_obstacle(qkv: torch.Tensor) -> str | None:
     return triton_attention.obstacle(qkv[..., : qkv.shape[-1] // 3])
 
 
+def _read_states_triton(q: torch.Tensor, states: torch.Tensor, slopes: torch.Tensor, **options: Any) -> None:
+    from m1_kernels import triton_states
+
+    triton_states.read_states_triton(q, states, slopes, **options)
+
+
 # In the order in which "auto" tries them.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "triton": Implementation(
@@ -35,6 +51,16 @@ PACKED_IMPLEMENTATIONS: dict[str, Implementation] = {
         triton_attention.lightning_attention_packed_triton, _packed_obstacle, TRITON_REASON, auto_on=("cuda",)
     ),
     "torch": Implementation(lightning_attention_packed_chunked, _torch_obstacle, TORCH_REASON),
+}
+STATE_IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton": Implementation(
+        triton_attention.lightning_state_triton, triton_attention.obstacle, "one pass over k and v", auto_on=("cuda",)
+    ),
+    "torch": Implementation(document_states_torch, _torch_obstacle, "products of blocks in PyTorch"),
+}
+READ_IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton": Implementation(_read_states_triton, triton_attention.obstacle, "one pass in place", auto_on=("cuda",)),
+    "torch": Implementation(read_states_torch, _torch_obstacle, "products of blocks in PyTorch"),
 }
 
 
@@ -111,6 +137,53 @@ def lightning_attention_packed(
         qkv, slopes, initial_state=initial_state, cu_seqlens=cu_seqlens, return_final_state=return_final_state,
         activation=activation, **_strategy(chosen, strategy),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def lightning_attention_state(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    reverse: bool = False,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """[S, H, D, D], sum_j e^{-s (n-1-j)} k_j^T v_j over the n tokens of each document: its final state from a zero one.
+
+    reverse: sum_j e^{-s (j+1)} k_j^T v_j instead; of (q, do) that is the gradient of the initial state.
+    float32, or float64 for fp64 inputs. Arguments as in `lightning_attention`. No gradients: with G that of the result, those of
+    v and k are `lightning_attention_read` of (k, G), and of (v, G) transposed, both with `reverse` the other way.
+    """
+    _check(k, k, v, slopes, None, cu_seqlens)
+    chosen = choose("lightning_attention_state", STATE_IMPLEMENTATIONS, implementation, k)
+    return chosen.run(k, v, slopes, cu_seqlens=cu_seqlens, reverse=reverse)
+
+
+@torch.no_grad()
+def lightning_attention_read(
+    q: torch.Tensor,
+    states: torch.Tensor,
+    slopes: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    reverse: bool = False,
+    transposed: bool = False,
+    implementation: str = "auto",
+) -> None:
+    """Adds e^{-s (i+1)} q_i S to token i of `out` [B, T, H, D], in place: the share of o of a document that starts from S.
+
+    states: S of every document, [S, H, D, D], as initial_state of `lightning_attention`.  transposed: their transposes are read.
+    reverse: e^{-s (n-1-i)} q_i S instead, n being the tokens of the document.
+    Tokens beyond cu_seqlens[-1] stay as they are. No gradients: with do that of the output, the gradient of q is the same of
+    (do, states) transposed, that of the states is `lightning_attention_state` of (q, do) with `reverse` the other way.
+    """
+    _check(q, q, q, slopes, states, cu_seqlens)
+    if out.shape != q.shape or out.dtype != q.dtype:
+        raise ValueError(f"out {out.dtype} {tuple(out.shape)} must be like q, {q.dtype} {tuple(q.shape)}")
+    chosen = choose("lightning_attention_read", READ_IMPLEMENTATIONS, implementation, q)
+    chosen.run(q, states, slopes, out=out, cu_seqlens=cu_seqlens, reverse=reverse, transposed=transposed)
 
 
 def _strategy(chosen: Implementation, strategy: str) -> dict[str, str]:
