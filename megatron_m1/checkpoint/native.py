@@ -51,13 +51,20 @@ class Checkpointer:
 
     def __init__(self, config: Config, trainer: Trained, *, checksums: bool = True) -> None:
         self.config, self.trainer, self.checksums = config, trainer, checksums
+        self.stage_state: dict[str, Any] = {}
+        """What `load` found of the `stage_state` given to `save`."""
         self._writing: Writing | None = None
 
-    def save(self, step: int) -> None:
-        """Save the state after `step` steps. An asynchronous save before it is finished first."""
+    def save(self, step: int, *, stage_state: dict[str, Any] | None = None) -> None:
+        """Save the state after `step` steps. An asynchronous save before it is finished first.
+
+        stage_state: what else the stage needs to go on, JSON values, the same on every rank.
+        """
         self.finish()
         background = self.config.checkpoint.async_save
-        self._writing = _start(self.trainer, self.config, step=step, background=background)
+        self._writing = _start(
+            self.trainer, self.config, step=step, background=background, stage_state=stage_state or {}
+        )
         if not background:
             self.finish()
 
@@ -76,7 +83,8 @@ class Checkpointer:
         """Number of steps done: 0 without `checkpoint.load`, else as `load_checkpoint`."""
         if self.config.checkpoint.load is None:
             return 0
-        return load_checkpoint(self.trainer, self.config, checksums=self.checksums)
+        step, self.stage_state = _load(self.trainer, self.config, None, None, self.checksums)
+        return step
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -102,7 +110,7 @@ def check_save_folder(checkpoint: CheckpointConfig) -> None:
 
 def save_checkpoint(trainer: Trained, config: Config, *, step: int) -> Path:
     """Write the state after `step` steps to checkpoint.save; returns the final folder once `latest` names it."""
-    return _start(trainer, config, step=step, background=False).publish()
+    return _start(trainer, config, step=step, background=False, stage_state={}).publish()
 
 
 def load_checkpoint(
@@ -121,6 +129,13 @@ def load_checkpoint(
     tensors that are missing or of other shape or dtype; and if the data position would not be the saved one. What was in
     memory is then unusable if reading had begun.
     """
+    return _load(trainer, config, path, weights_only, checksums)[0]
+
+
+def _load(
+    trainer: Trained, config: Config, path: str | Path | None, weights_only: bool | None, checksums: bool
+) -> tuple[int, dict[str, Any]]:
+    """(steps done, stage_state)"""
     weights_only = config.checkpoint.weights_only if weights_only is None else weights_only
     folder, metadata = _open(Path(path or config.checkpoint.load or ""), checksums)
     with together():
@@ -145,14 +160,14 @@ def load_checkpoint(
     if weights_only:
         if hasattr(trainer, "optimizer"):
             trainer.optimizer.reload_model_params()
-        return 0
+        return 0, {}
     optimizer.restore(loaded, step=saved["optimizer_step"])
     if same_layout:
         set_rng_state(loaded["rng_state"])
-    return saved["step"]
+    return saved["step"], saved.get("stage_state", {})
 
 
-def _start(trainer: Trained, config: Config, *, step: int, background: bool) -> Writing:
+def _start(trainer: Trained, config: Config, *, step: int, background: bool, stage_state: dict[str, Any]) -> Writing:
     trainer.complete_parameters()
     weights = sharded_parameters(trainer.models)
     state: dict[str, Any] = {
@@ -163,6 +178,7 @@ def _start(trainer: Trained, config: Config, *, step: int, background: bool) -> 
             "optimizer_step": optimizer_step(trainer.optimizer),
             "consumed_samples": trainer.consumed_samples(step),
             "layout": _layout(trainer),
+            "stage_state": stage_state,
         },
     }
     return Writing(state, config, step=step, background=background)

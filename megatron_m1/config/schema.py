@@ -261,6 +261,25 @@ class TaskSource:
 
 
 @dataclass
+class WindowStage:
+    """An output window and what the report changes with it (section 5: a smaller clip and eps_high while extending)."""
+
+    max_new_tokens: int
+    is_weight_cap: float | None = None
+    """None: rl.is_weight_cap."""
+    clip_grad: float | None = None
+    """None: optimizer.clip_grad."""
+
+
+@dataclass
+class CurriculumPoint:
+    """Relative weights of rl.tasks at a generation batch, one for each source in order."""
+
+    step: int
+    weights: list[float]
+
+
+@dataclass
 class RLConfig:
     """Reinforcement learning (the `rl` command). `training.steps` counts generation batches, `training.global_batch` the samples of
     one update, and packs hold `training.micro_batch` * `training.seq_length` tokens. Sampling is at temperature 1."""
@@ -286,9 +305,31 @@ class RLConfig:
     updates_per_batch: int = 16
     """Optimizer steps per generation batch, each on `training.global_batch` of its samples."""
     max_new_tokens: int = 1024
-    """Tokens of a response at most."""
+    """Tokens of a response at most; the last of `windows`, if there are any."""
+    windows: list[WindowStage] = field(default_factory=list)
+    """Output windows, rising, on from one to the next when the perplexity of the samples has converged and the 99th percentile of
+    their lengths is near the window (MiniMax-M1, section 5). []: `max_new_tokens` throughout."""
+    window_patience: int = 20
+    """Generation batches over which both signals are taken."""
+    window_tolerance: float = 0.01
+    """Converged: the means of the older and the newer half differ by at most this share."""
+    window_near_share: float = 0.95
+    """Near: at least this share of the window, in each of these batches."""
+    curriculum: list[CurriculumPoint] = field(default_factory=list)
+    """Weights of the sources by generation batch, linear between the points, in place of `tasks[].weight` in training. (Held-out
+    prompts keep those.)"""
+    easy_above: float = 1.0
+    """Prompts with a higher pass rate are not asked again; 1: all are. For sources whose prompts come back."""
+    hard_below: float = 0.0
+    """Prompts with a lower pass rate are not asked again; 0: all are."""
+    pass_rate_attempts: int = 16
+    """Samples of a prompt before its pass rate counts."""
+    pass_rate_window: int = 64
+    """Of more samples than this the older ones count half, so that the rate follows the policy."""
     engine: Literal["fast", "reference"] = "fast"
     """`reference`: every token by a whole training forward pass, so that on CPU in fp32 training finds the same bits."""
+    routing_replay: bool = True
+    """Send every token of the training passes to the experts that it had when it was sampled; how they are weighed is still the gate's."""
     slots: int = 64
     """Sequences generated at a time on one data-parallel rank."""
     dynamic_sampling: bool = True
@@ -307,6 +348,8 @@ class RLConfig:
     """Prompts of the held-out evaluation before the first and after the last step; 0: none."""
     held_out_samples: int = 4
     """Samples of each (the k of avg@k)."""
+    held_out_pass_at: list[int] = field(default_factory=list)
+    """Every k of pass@k, at most `held_out_samples`; []: that number alone."""
     held_out_every_steps: int = 0
     journal: str | None = None
     """Directory of the journals, one per step and replica, that keep every sample; a resumed run reads finished ones from there."""

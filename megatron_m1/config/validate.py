@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from megatron_m1.config.errors import ConfigError
 from megatron_m1.config.layout import derived
-from megatron_m1.config.schema import Config, ModelConfig
+from megatron_m1.config.schema import Config, ModelConfig, RLConfig
 
 __all__ = ["validate", "validate_layout", "validate_rl"]
 
@@ -19,14 +19,15 @@ _POSITIVE = (
     "training.seq_length training.recompute_layers training.head_chunk_tokens training.exit_after_s optimizer.lr optimizer.eps "
     "evaluation.batches logging.every_steps logging.peak_tflops moe.capacity_factor schedule.decay_steps "
     "rl.samples_per_prompt rl.updates_per_batch rl.max_new_tokens rl.slots rl.reward_workers rl.reward_timeout_s "
-    "rl.held_out_samples"
+    "rl.held_out_samples rl.window_near_share rl.pass_rate_attempts rl.pass_rate_window"
 ).split()
 _NOT_NEGATIVE = (
     "model.shared_intermediate_size model.rotary_dim model.init_std training.steps training.seed "
     "optimizer.weight_decay optimizer.clip_grad schedule.warmup_steps schedule.constant_steps schedule.min_lr "
     "moe.aux_loss_coefficient moe.z_loss_coefficient data.num_workers data.eod_token_id evaluation.every_steps "
     "checkpoint.every_steps checkpoint.keep logging.layer_stats_every_steps "
-    "rl.refills rl.overlong_tokens rl.reward_max_error_share rl.held_out_prompts rl.held_out_every_steps"
+    "rl.refills rl.overlong_tokens rl.reward_max_error_share rl.held_out_prompts rl.held_out_every_steps "
+    "rl.window_tolerance"
 ).split()
 
 
@@ -339,9 +340,59 @@ def _rl(config: Config) -> Iterator[str]:
         yield (
             f"rl.overlong_tokens={rl.overlong_tokens} must not exceed rl.max_new_tokens={rl.max_new_tokens}; lower it."
         )
+    yield from _rl_schedule(rl)
+    wrong = [k for k in rl.held_out_pass_at if not 1 <= k <= rl.held_out_samples]
+    if wrong:
+        yield (
+            f"rl.held_out_pass_at holds {wrong}; pass@k needs k samples of a prompt: use 1 to rl.held_out_samples="
+            f"{rl.held_out_samples}, or raise that."
+        )
+    if rl.routing_replay and config.moe.capacity_factor is not None:
+        yield (
+            f"rl.routing_replay=true has no experts to replay for tokens that moe.capacity_factor={config.moe.capacity_factor} drops; "
+            "set one of them to false or null."
+        )
+    if rl.routing_replay and training.recompute == "selective" and "moe" in training.recompute_modules:
+        yield (
+            f"rl.routing_replay=true does not reach the experts that training.recompute_modules={training.recompute_modules} recomputes; "
+            "take moe out, or use training.recompute=full."
+        )
     if rl.engine == "reference" and training.seq_length % 64:
         unit = _multiples_near(training.seq_length, 64)
         yield f"rl.engine=reference needs training.seq_length={training.seq_length} to be a multiple of 64; use {unit}."
+
+
+def _rl_schedule(rl: RLConfig) -> Iterator[str]:
+    windows = [stage.max_new_tokens for stage in rl.windows]
+    if windows and (windows[0] < 1 or windows != sorted(set(windows))):
+        yield f"rl.windows={windows} must be positive and strictly increasing; list each window once."
+    elif windows and windows[-1] != rl.max_new_tokens:
+        yield (
+            f"rl.max_new_tokens={rl.max_new_tokens} must be the last of rl.windows={windows}; set it to {windows[-1]} or add a window."
+        )
+    elif windows and rl.overlong_tokens > windows[0]:
+        yield f"rl.overlong_tokens={rl.overlong_tokens} must not exceed the first of rl.windows={windows}; lower it."
+    for index, stage in enumerate(rl.windows):
+        if stage.is_weight_cap is not None and not stage.is_weight_cap > 0:
+            yield f"rl.windows[{index}].is_weight_cap={stage.is_weight_cap} must be above 0; use e.g. 5."
+        if stage.clip_grad is not None and not (stage.clip_grad >= 0 and math.isfinite(stage.clip_grad)):
+            yield f"rl.windows[{index}].clip_grad={stage.clip_grad} must be 0 (no clipping) or more; use e.g. 1."
+    if rl.window_patience < 2:
+        yield f"rl.window_patience={rl.window_patience} must be at least 2: two halves are compared."
+    steps = [point.step for point in rl.curriculum]
+    if steps != sorted(set(steps)) or min(steps, default=0) < 0:
+        yield f"rl.curriculum is at steps {steps}; they must rise and be 0 or more: sort the points."
+    for index, point in enumerate(rl.curriculum):
+        where = f"rl.curriculum[{index}].weights={point.weights}"
+        if len(point.weights) != len(rl.tasks):
+            yield f"{where} must have one entry for each of the {len(rl.tasks)} sources of rl.tasks; 0 leaves one out."
+        elif not all(weight >= 0 and math.isfinite(weight) for weight in point.weights) or not sum(point.weights) > 0:
+            yield f"{where} must be 0 or more with a sum above 0; mend them."
+    if not 0 <= rl.hard_below < rl.easy_above <= 1:
+        yield (
+            f"rl.hard_below={rl.hard_below} and rl.easy_above={rl.easy_above} are pass rates with 0 <= hard_below < easy_above <= 1; "
+            "use e.g. 0 and 0.9."
+        )
 
 
 def _checkpoint(config: Config) -> Iterator[str]:

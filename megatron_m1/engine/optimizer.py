@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_m1.config.schema import Config
 from megatron_m1.model.m1 import M1Model
 
-__all__ = ["build_optimizer", "set_learning_rate", "wrap_data_parallel"]
+__all__ = ["build_optimizer", "set_gradient_clip", "set_learning_rate", "wrap_data_parallel"]
 
 
 def wrap_data_parallel(
@@ -68,3 +68,9 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
     """Use `lr` in the next step, for all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def set_gradient_clip(optimizer: MegatronOptimizer, clip_grad: float) -> None:
+    """Clip to this global norm from the next step on; 0: no clipping."""
+    for part in [optimizer, *getattr(optimizer, "chained_optimizers", [])]:
+        part.config.clip_grad = clip_grad

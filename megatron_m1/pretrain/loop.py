@@ -38,11 +38,11 @@ def train(config: Config) -> None:
     from megatron_m1.engine.layer_stats import LayerStats
     from megatron_m1.engine.metrics import MetricsLog
     from megatron_m1.engine.schedule import consumed_samples, global_batch_at, learning_rate
+    from megatron_m1.engine.stop import EarlyStop
     from megatron_m1.engine.throughput import Throughput
     from megatron_m1.engine.trainer import Trainer
     from megatron_m1.parallel import group_sizes, init_groups
     from megatron_m1.pretrain.evaluation import Evaluation
-    from megatron_m1.pretrain.stop import EarlyStop
 
     training, data = config.training, config.data
     groups = init_groups(config.parallel, seed=training.seed)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-__all__ = ["Estimate", "avg_at_k", "mean_interval", "pass_at_k", "pass_at_k_of_prompt"]
+__all__ = ["Estimate", "HeldOut", "avg_at_k", "mean_interval", "pass_at_k", "pass_at_k_of_prompt"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,34 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] ({self.prompts} prompts)"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """An evaluation: avg@samples, and pass@k for each k, over the prompts that have k samples with a verdict."""
+
+    samples: int
+    average: Estimate
+    passes: dict[int, Estimate]
+
+    @classmethod
+    def of(cls, results: Sequence[Sequence[bool]], *, samples: int, pass_at: Sequence[int]) -> "HeldOut":
+        """results: as for `avg_at_k`.  pass_at: every k; none: `samples` alone. A k that no prompt has samples for is left out."""
+        passes = {}
+        for k in sorted(set(pass_at)) or [samples]:
+            enough = [row for row in results if len(row) >= k]
+            if enough:
+                passes[k] = pass_at_k(enough, k=k)
+        return cls(samples, avg_at_k(results), passes)
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """`held_out` and each `held_out_pass@k`, for the log."""
+        named = {"held_out": self.average} | {f"held_out_pass@{k}": estimate for k, estimate in self.passes.items()}
+        return {name: {"value": e.value, "low": e.low, "high": e.high} for name, e in named.items()}
+
+    def __str__(self) -> str:
+        passes = "".join(f", pass@{k} {estimate}" for k, estimate in self.passes.items())
+        return f"avg@{self.samples} {self.average}{passes}"
 
 
 def avg_at_k(results: Sequence[Sequence[bool]], *, confidence: float = 0.95) -> Estimate:

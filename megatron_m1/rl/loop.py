@@ -15,6 +15,9 @@ from megatron_m1.rl.losses import PRESETS, LossSettings
 
 __all__ = ["loss_settings", "main", "train"]
 
+PAGE_PROMPTS = 16
+"""Prompts on the page of a step."""
+
 
 def main(argv: list[str]) -> None:
     """`megatron_m1 rl`: options as in config/load.py; run alone or under torchrun."""
@@ -32,16 +35,19 @@ def main(argv: list[str]) -> None:
 def train(config: Config) -> None:
     """Train from `checkpoint.load` to `training.steps` generation batches; torch.distributed is initialised.
 
-    Tasks, seeds and learning rate are functions of the step alone and finished samples come from the journal, so that a resumed
-    run is the same run.
+    Seeds and learning rate are functions of the step alone, tasks and window of the step and the progress that the checkpoint has;
+    finished samples come from the journal: so a resumed run is the same run.
     """
     from megatron_m1.checkpoint.native import Checkpointer, check_save_folder
     from megatron_m1.checkpoint.together import together
     from megatron_m1.engine.metrics import MetricsLog
+    from megatron_m1.engine.optimizer import set_gradient_clip
     from megatron_m1.engine.schedule import learning_rate
+    from megatron_m1.engine.stop import EarlyStop
     from megatron_m1.engine.trainer import Trainer
     from megatron_m1.parallel import group_sizes, init_groups
     from megatron_m1.rl.phases import Phases
+    from megatron_m1.rl.progress import Progress
     from megatron_m1.rl.rollout import Rollouts
     from megatron_m1.rl.update import PolicyBatch
 
@@ -52,42 +58,60 @@ def train(config: Config) -> None:
     trainer = Trainer(config, groups, initial_weights=config.checkpoint.load is None)
     checkpoints = Checkpointer(config, trainer)
     first = checkpoints.load() if config.checkpoint.load else 0
-    phases = Phases()
+    saved, progress, phases = first, Progress(config), Phases()
+    progress.load(checkpoints.stage_state)
     with together():
         log = MetricsLog(config, rank=dist.get_rank())
 
-    with log, checkpoints, Rollouts(config, trainer) as rollouts:
+    with (
+        log,
+        checkpoints,
+        EarlyStop(exit_after_s=training.exit_after_s, device=trainer.device) as stop,
+        Rollouts(config, trainer) as rollouts,
+    ):
         log.event({"event": "start", "from_step": first, "process_groups": group_sizes(groups)})
         log.say(f"{dist.get_world_size()} ranks on {platform.device_name()}; {rl.algorithm}: {settings.describe()}")
         for warning in _warnings(config, settings):
             log.say(f"warning: {warning}")
         if rl.held_out_prompts:
             before = rollouts.held_out()
-            log.event({"event": "evaluation", "after_step": first, "held_out": _estimate(before)})
-            log.say(f"held-out avg@{rl.held_out_samples} {before} before step {first + 1}")
+            log.event({"event": "evaluation", "after_step": first, **before.figures()})
+            log.say(f"held-out {before} before step {first + 1}")
         for step in range(first, training.steps):
-            lr = learning_rate(step, config.schedule, config.optimizer, training.steps)
-            batch = rollouts.collect(step, phases)
+            lr, now = learning_rate(step, config.schedule, config.optimizer, training.steps), progress.config()
+            set_gradient_clip(trainer.optimizer, now.optimizer.clip_grad)
+            batch = rollouts.collect(step, progress, phases, stop)
+            if batch.stopped:
+                if config.checkpoint.save and step > saved:
+                    checkpoints.save(step, stage_state=progress.state())
+                log.say(f"stopping in step {step + 1}, whose finished samples are in the journal: {batch.stopped}")
+                break
             metrics: dict[str, Any] = {"step": step + 1, "lr": lr, **batch.figures()}
-            if batch.samples:
-                policy = PolicyBatch(trainer, config, batch.samples, settings=settings)
+            metrics |= progress.take(batch.facts, batch.tasks)
+            policy = None
+            if batch.kept:
+                policy = PolicyBatch(trainer, now, batch.samples, settings=loss_settings(now.rl), facts=batch.kept)
                 with phases.measure("scoring"):
                     metrics |= policy.score().report()
                 with phases.measure("update"):
                     results = [policy.update(number, lr=lr) for number in range(len(policy.updates))]
                 metrics |= policy.figures(results)
             if rl.pages and config.logging.dir is not None:
-                _page(config, step, batch, policy.capped() if batch.samples else {}, rollouts)
+                _page(config, step, batch, policy, rollouts)
             metrics |= phases.report()
-            last = step + 1 == training.steps
+            last, reason = step + 1 == training.steps, stop.reason()
             if rl.held_out_prompts and (last or _every(rl.held_out_every_steps, step + 1)):
-                metrics["held_out"] = _estimate(rollouts.held_out())
+                metrics |= rollouts.held_out().figures()
             log.step(metrics, show=False)
             if last or _every(config.logging.every_steps, step + 1):
                 log.say(_line(metrics, training.steps))
             checkpoints.poll()
-            if config.checkpoint.save and (last or _every(config.checkpoint.every_steps, step + 1)):
-                checkpoints.save(step + 1)
+            if config.checkpoint.save and (last or reason or _every(config.checkpoint.every_steps, step + 1)):
+                checkpoints.save(step + 1, stage_state=progress.state())
+                saved = step + 1
+            if reason:
+                log.say(f"stopping after step {step + 1}: {reason}")
+                break
         if first >= training.steps:
             log.say(f"nothing to do: {first} steps are done, training.steps={training.steps}")
 
@@ -99,18 +123,24 @@ def loss_settings(rl: RLConfig) -> LossSettings:
     return replace(PRESETS[rl.algorithm], **given)
 
 
-def _page(config: Config, step: int, batch: Any, capped: dict[int, Any], rollouts: Any) -> None:
+def _page(config: Config, step: int, batch: Any, policy: Any, rollouts: Any) -> None:
+    """The page of the first prompts, written by rank 0."""
     from megatron_m1.checkpoint.together import together
+    from megatron_m1.rl.exchange import gathered
     from megatron_m1.rl.page import write_page
 
+    shown = {sample.number for sample in batch.facts if sample.group < batch.facts[0].group + PAGE_PROMPTS}
+    shares = gathered([sample for sample in batch.samples if rollouts.judges and sample.number in shown])
+    capped = policy.capped(shown) if policy is not None else {}
     with together():
         if dist.get_rank() == 0:
             write_page(
                 Path(config.logging.dir or "") / "rollouts" / f"step_{step + 1:08d}.html",
                 title=f"Rollouts of step {step + 1}",
-                samples=batch.everything,
+                samples=sorted((sample for share in shares for sample in share), key=lambda sample: sample.number),
                 capped=capped,
                 tokenizer=rollouts.tokenizer,
+                prompts=batch.groups,
             )
 
 
@@ -129,6 +159,8 @@ def _line(metrics: dict[str, Any], steps: int) -> str:
     parts = [f"step {metrics['step']}/{steps}  reward {metrics['reward']:.4f}"]
     if "held_out" in metrics:
         parts.append(f"held-out {metrics['held_out']['value']:.4f}")
+    if "next_window" in metrics:
+        parts.append(f"window {metrics['window']} -> {metrics['next_window']}")
     parts.append(f"tokens {metrics['response_tokens_mean']:.1f}  discarded {metrics['discard_rate']:.0%}")
     if "grad_norm" in metrics:
         parts.append(
@@ -138,10 +170,6 @@ def _line(metrics: dict[str, Any], steps: int) -> str:
         parts.append("no prompt with rewards that differ: no update")
     parts.append("  ".join(f"{name[8:]} {metrics[name]:.1f} s" for name in metrics if name.startswith("seconds_")))
     return "  ".join(parts)
-
-
-def _estimate(estimate: Any) -> dict[str, float]:
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def _every(period: int, step: int) -> bool:

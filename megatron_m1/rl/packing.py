@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_m1.rl.samples import Sample
 
-__all__ = ["Pack", "pack_samples"]
+__all__ = ["Pack", "assign", "pack_samples"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,23 @@ class Pack:
         return {index: flat[start : start + count].cpu() for index, start, count in self.places}
 
 
+def assign(tokens: Sequence[int], *, rows: int, length: int, packed: bool = True) -> list[list[int]]:
+    """Positions in `tokens`, samples by their number of tokens, that go into each micro-batch of `pack_samples`."""
+    capacity = rows * length if packed else length
+    bins: list[list[int]] = []
+    room = 0
+    for position, count in enumerate(tokens):
+        assert count <= length, f"sample of {count} tokens, at most {length} fit"
+        if not bins or not packed or count > room:
+            bins.append([])
+            room = capacity
+        bins[-1].append(position)
+        room -= count
+    return bins
+
+
 def pack_samples(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | Mapping[int, Sample],
     indices: Sequence[int],
     *,
     rows: int,
@@ -53,35 +68,28 @@ def pack_samples(
     padding alone.
 
     packed: documents end to end, the rest of the pack a document of padding; else one sample in a row [1, length] of its own,
-    which is how the reference engine sees it. Positions start at 0 in every document.
+    which is how the reference engine sees it. Positions start at 0 in every document. With samples whose routing was recorded the
+    batch has `routing`, [rows, length, layers, top_k] int16, -1 on padding.
     """
-    capacity = rows * length if packed else length
-    bins: list[list[int]] = []
-    room = 0
-    for index in indices:
-        tokens = _tokens(samples[index])
-        assert tokens <= length, f"sample of {tokens} tokens, at most {length} fit"
-        if not bins or not packed or tokens > room:
-            bins.append([])
-            room = capacity
-        bins[-1].append(index)
-        room -= tokens
+    # The last token of a sample is only a label.
+    tokens = [len(samples[index].prompt) + len(samples[index].response) - 1 for index in indices]
+    bins = assign(tokens, rows=rows, length=length, packed=packed)
     if packs is not None:
         assert len(bins) <= packs
         bins += [[]] * (packs - len(bins))
-    return [_pack(samples, chosen, (rows if packed else 1, length), packed) for chosen in bins]
+    shape = (rows if packed else 1, length)
+    return [_pack(samples, [indices[position] for position in chosen], shape, packed) for chosen in bins]
 
 
-def _tokens(sample: Sample) -> int:
-    """Tokens that go through the model: the last one is only a label."""
-    return len(sample.prompt) + len(sample.response) - 1
-
-
-def _pack(samples: Sequence[Sample], chosen: list[int], shape: tuple[int, int], packed: bool) -> Pack:
+def _pack(
+    samples: Sequence[Sample] | Mapping[int, Sample], chosen: list[int], shape: tuple[int, int], packed: bool
+) -> Pack:
     total = shape[0] * shape[1]
     tokens, labels, positions = (torch.zeros(total, dtype=torch.int64) for _ in range(3))
     mask, padding = torch.zeros(total), torch.ones(total, dtype=torch.bool)
     cuts, places, at = [0], [], 0
+    recorded = next((samples[index].routing for index in chosen if samples[index].routing is not None), None)
+    routing = None if recorded is None else torch.full((total, *recorded.shape[1:]), -1, dtype=torch.int16)
     for index in chosen:
         sample = samples[index]
         ids = torch.tensor([*sample.prompt, *sample.response])
@@ -89,6 +97,8 @@ def _pack(samples: Sequence[Sample], chosen: list[int], shape: tuple[int, int], 
         tokens[at:end], labels[at:end] = ids[:-1], ids[1:]
         positions[at:end] = torch.arange(len(ids) - 1)
         padding[at:end] = False
+        if routing is not None and sample.routing is not None:
+            routing[at:end] = torch.from_numpy(sample.routing)
         first = at + len(sample.prompt) - 1
         mask[first:end] = 1.0
         places.append((index, first, end - first))
@@ -103,6 +113,8 @@ def _pack(samples: Sequence[Sample], chosen: list[int], shape: tuple[int, int], 
     if not packed:
         batch["position_ids"] = torch.arange(total)
     batch = {key: value.view(shape) for key, value in batch.items()}
+    if routing is not None:
+        batch["routing"] = routing.view(*shape, *routing.shape[1:])
     if packed:
         cu_seqlens = torch.tensor(cuts, dtype=torch.int32)
         batch |= {"cu_seqlens": cu_seqlens, "max_seqlen": int(cu_seqlens.diff().max())}

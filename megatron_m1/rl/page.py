@@ -26,22 +26,21 @@ def write_page(
     samples: Sequence[Sample],
     capped: Mapping[int, Tensor],
     tokenizer: Tokenizer,
-    max_groups: int = 16,
+    prompts: int,
 ) -> None:
     """Put a page at `path` (its folder is made): prompts, responses, rewards with their parts, and every token on a background that
     is the darker the less probable it was, outlined in red where its importance weight hit the cap in an update.
 
+    samples: those to show.  prompts: how many were sampled in all; the journal has them.
     capped: number of the sample -> bool [response tokens]; samples that were not trained on are not in it.
-    max_groups: prompts shown, the first ones; the journal has all.
     """
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample)
-    shown = list(groups.values())[:max_groups]
     body = [
-        f"<h1>{escape(title)}</h1><p>{len(shown)} of {len(groups)} prompts. Darker: less probable. Red: at the cap.</p>"
+        f"<h1>{escape(title)}</h1><p>{len(groups)} of {prompts} prompts. Darker: less probable. Red: at the cap.</p>"
     ]
-    for members in shown:
+    for members in groups.values():
         body.append(f"<h2>Prompt {members[0].group}</h2><pre>{escape(members[0].task.prompt)}</pre>")
         body += [_sample(sample, capped.get(sample.number), tokenizer) for sample in members]
     page = f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>{"".join(body)}'

@@ -1,30 +1,34 @@
 """From tasks to judged samples: generation in the training modules, rewards, dynamic sampling."""
 
 import contextlib
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from megatron_m1.checkpoint.together import from_rank_0, together
+from megatron_m1.checkpoint.together import together
 from megatron_m1.config.errors import ConfigError
 from megatron_m1.config.schema import Config
 from megatron_m1.data.tokenizer import Tokenizer
+from megatron_m1.engine.stop import EarlyStop
 from megatron_m1.engine.trainer import Trainer
 from megatron_m1.generation.engine import Engine
 from megatron_m1.generation.reference import ReferenceEngine
-from megatron_m1.generation.requests import Request, Sampling, request_seed
+from megatron_m1.generation.requests import Request, Result, Sampling, request_seed
 from megatron_m1.rl.advantages import informative_samples
-from megatron_m1.rl.evaluation import Estimate, avg_at_k
+from megatron_m1.rl.evaluation import HeldOut
+from megatron_m1.rl.exchange import facts_of_all
 from megatron_m1.rl.journal import Journal, read_journal
 from megatron_m1.rl.phases import Phases
+from megatron_m1.rl.progress import Progress
 from megatron_m1.rl.rewards.pool import RewardPool, TooManyRewardErrors
-from megatron_m1.rl.rewards.protocol import RewardRequest, RewardResult
-from megatron_m1.rl.samples import Sample, from_record, sample_of, to_record
+from megatron_m1.rl.rewards.protocol import RewardRequest
+from megatron_m1.rl.samples import Facts, Sample, facts_of, from_record, sample_of, to_record
 from megatron_m1.rl.schedule import length_quantile
-from megatron_m1.rl.tasks import TaskMix
+from megatron_m1.rl.tasks import Task, TaskMix
 
 __all__ = ["Collected", "Rollouts"]
 
@@ -33,38 +37,55 @@ __all__ = ["Collected", "Rollouts"]
 class Collected:
     """What a step trains on, and all that was sampled for it.
 
-    samples: kept ones, whole groups in order.  everything: with those left out.  from_journal: how many were not generated anew.
+    samples: those that this replica generated, of all that were sampled.  facts, kept: of all samples of all replicas, and of those
+    to train on, whole groups in order.  tasks: by group.  from_journal: how many were not generated anew.
     groups, discarded: prompts sampled, and those whose samples all had one reward.
+    stopped: why the run is to end before this batch is complete; the journal has what was finished.
     """
 
     samples: list[Sample] = field(default_factory=list)
-    everything: list[Sample] = field(default_factory=list)
+    facts: list[Facts] = field(default_factory=list)
+    kept: list[Facts] = field(default_factory=list)
+    tasks: dict[int, Task] = field(default_factory=dict)
     from_journal: int = 0
     groups: int = 0
     discarded: int = 0
+    stopped: str | None = None
 
     def figures(self) -> dict[str, float]:
         """For the log: means over all that was sampled."""
-        rewards = [sample.reward for sample in self.everything if sample.reward is not None]
-        lengths = [len(sample.response) for sample in self.everything]
-        total = max(len(self.everything), 1)
+        rewards = [sample.reward for sample in self.facts if sample.reward is not None]
+        lengths = [sample.length for sample in self.facts]
+        total = max(len(self.facts), 1)
         return {
             "reward": sum(rewards) / max(len(rewards), 1),
-            "reward_errors": len(self.everything) - len(rewards),
+            "reward_errors": len(self.facts) - len(rewards),
             "response_tokens_mean": sum(lengths) / total,
             "response_tokens_p99": length_quantile(lengths, 0.99),
-            "truncated_share": sum(sample.truncated for sample in self.everything) / total,
-            "sampled": len(self.everything),
-            "kept": len(self.samples),
+            "truncated_share": sum(sample.truncated for sample in self.facts) / total,
+            "sampled": len(self.facts),
+            "kept": len(self.kept),
             "discard_rate": self.discarded / max(self.groups, 1),
             "from_journal": self.from_journal,
         }
 
 
-class Rollouts:
-    """Samples of the weights as they are at the time of the call. Every method is collective over the world, and every rank gets
-    the same; rewards are computed under rank 0, by `rl.reward_workers` processes. Use it as a context manager.
+@dataclass(frozen=True)
+class _Plan:
+    """What one call of the engine is to sample: the same on every rank."""
 
+    prompts: range
+    tasks: dict[int, Task]
+    per_prompt: int
+    seed: int
+    sampling: Sampling
+
+
+class Rollouts:
+    """Samples of the weights as they are at the time of the call. Every method is collective over the world.
+
+    The replicas (data- and context-parallel ranks) share out the prompts. Each judges what it generated, in `rl.reward_workers`
+    processes under its first rank, and keeps it; what all ranks get is a few facts about each sample. Use it as a context manager.
     Raises ConfigError for tasks, a tokenizer or rewards that cannot be used.
     """
 
@@ -72,11 +93,13 @@ class Rollouts:
         self.config, self.trainer, self.groups = config, trainer, trainer.groups
         rl, training = config.rl, config.training
         assert config.data.tokenizer is not None, "validate_rl() demands it"
+        self.judges = self.groups.tp.rank() == 0 and self.groups.pp.rank() == 0
+        self.lock_step = self.groups.tp.size() % self.groups.tp_ep.size() != 0
         self.pool: RewardPool | None = None
         with together():
             self.tokenizer = Tokenizer(config.data.tokenizer, model_vocab_size=config.model.vocab_size)
             self.tasks = TaskMix(rl, seed=training.seed)
-            if dist.get_rank() == 0:
+            if self.judges:
                 self.pool = RewardPool(
                     self.tasks.rewards(),
                     workers=rl.reward_workers,
@@ -86,27 +109,37 @@ class Rollouts:
                 if rl.journal is not None:
                     Path(rl.journal).mkdir(parents=True, exist_ok=True)
         end = config.data.eod_token_id if config.data.eod_token_id is not None else self.tokenizer.eod_id
-        self.sampling = Sampling(max_new_tokens=rl.max_new_tokens, end_tokens=() if end is None else (end,))
+        self.ends = () if end is None else (end,)
         self.prompts_per_step = training.global_batch * rl.updates_per_batch // rl.samples_per_prompt
 
-    def collect(self, step: int, phases: Phases) -> Collected:
+    def collect(self, step: int, progress: Progress, phases: Phases, stop: EarlyStop | None = None) -> Collected:
         """The generation batch of step `step` (0-based): `prompts_per_step` groups whose rewards differ, or as many as
-        `rl.refills` further rounds give; without dynamic sampling all groups of one round."""
+        `rl.refills` further rounds give; without dynamic sampling all groups of one round. `progress` has the window and the
+        prompts that are wanted, and is not changed. With a journal, `stop` ends it early."""
         rl, wanted = self.config.rl, self.prompts_per_step
         weights, out, kept_groups = self._weights_version(step), Collected(), 0
+        sampling = Sampling(max_new_tokens=progress.config().rl.max_new_tokens, end_tokens=self.ends)
         finished = self._journaled(step, weights)
         first = step * wanted * (1 + rl.refills)
         for _ in range(1 + rl.refills):
             prompts = range(first + out.groups, first + out.groups + wanted - kept_groups)
+            tasks = {prompt: self.tasks.task(prompt, step=step, wanted=progress.wanted) for prompt in prompts}
+            plan = _Plan(prompts, tasks, rl.samples_per_prompt, self.config.training.seed, sampling)
+            journal = self._journal_path(step)
+            stop = None if journal is None else stop
             with phases.measure("rollout"):
-                samples = self._generate(prompts, finished, weights, journal=self._journal_path(step))
-            out.from_journal += sum(sample.number in finished for sample in samples)
+                samples, reused = self._generate(plan, finished, weights, journal=journal, stop=stop)
+            if stop is not None and (reason := stop.reason()):
+                return Collected(stopped=reason)
+            out.from_journal += reused
             with phases.measure("reward"):
-                samples = self._judge(samples)
-            kept = self._informative(samples)
+                samples, facts = self._judge(samples)
+            kept = self._informative(facts)
             kept_now = len({sample.group for sample in kept})
-            out.samples += kept
-            out.everything += samples
+            out.samples += samples
+            out.facts += facts
+            out.kept += kept
+            out.tasks |= tasks
             out.groups += len(prompts)
             out.discarded += len(prompts) - kept_now
             kept_groups += kept_now
@@ -114,20 +147,25 @@ class Rollouts:
                 break
         return out
 
-    def held_out(self) -> Estimate:
-        """avg@k over the held-out prompts, always the same ones with the same seeds; a reward of 1 counts as right.
+    def held_out(self) -> HeldOut:
+        """avg@k and pass@k over the held-out prompts, always the same ones with the same seeds and `rl.max_new_tokens`; a reward of 1
+        counts as right.
 
         Samples with a reward_error are left out; raises ConfigError if a prompt has no other.
         """
         rl = self.config.rl
-        samples = self._judge(self._generate(range(rl.held_out_prompts), {}, "", journal=None, held_out=True))
-        right: dict[int, list[bool]] = {sample.group: [] for sample in samples}
-        for sample in samples:
+        tasks = {prompt: self.tasks.task(prompt, held_out=True) for prompt in range(rl.held_out_prompts)}
+        sampling = Sampling(max_new_tokens=rl.max_new_tokens, end_tokens=self.ends)
+        plan = _Plan(range(rl.held_out_prompts), tasks, rl.held_out_samples, self.config.training.seed + 1, sampling)
+        samples, _ = self._generate(plan, {}, "", journal=None)
+        _, facts = self._judge(samples)
+        right: dict[int, list[bool]] = {sample.group: [] for sample in facts}
+        for sample in facts:
             if sample.reward is not None:
                 right[sample.group].append(sample.reward >= 1.0)
         if not all(right.values()):
             raise ConfigError("A held-out prompt has no sample that could be judged; mend its reward or task data.")
-        return avg_at_k(list(right.values()))
+        return HeldOut.of(list(right.values()), samples=rl.held_out_samples, pass_at=rl.held_out_pass_at)
 
     def close(self) -> None:
         """End the reward workers."""
@@ -142,59 +180,80 @@ class Rollouts:
 
     def _generate(
         self,
-        prompts: range,
+        plan: _Plan,
         finished: dict[int, Sample],
         weights: str,
         *,
         journal: Path | None,
-        held_out: bool = False,
-    ) -> list[Sample]:
-        """Samples of the tasks `prompts`, those of `finished` taken over; the others go to the journal as they end."""
-        rl = self.config.rl
-        per_prompt = rl.held_out_samples if held_out else rl.samples_per_prompt
-        seed = self.config.training.seed + held_out
-        asked: list[tuple[Request, dict[str, Any]]] = []
-        done: dict[int, Sample] = {}
-        for prompt in prompts:
-            task = self.tasks.task(prompt, held_out=held_out)
-            ids = self.tokenizer.encode(task.prompt)
-            self._check_length(task.prompt, ids)
-            for number in range(prompt * per_prompt, (prompt + 1) * per_prompt):
-                if number in finished:
-                    done[number] = finished[number]
-                    continue
-                request = Request(tuple(ids), request_seed(seed, number), self.sampling)
-                asked.append((request, {"number": number, "group": prompt, "task": task, "prompt": ids}))
-        own: list[Sample] = []
-        writes = self.groups.tp.rank() == 0 and self.groups.pp.rank() == 0 and journal is not None
-        with Journal(journal, sync_every=0) if writes and journal else contextlib.nullcontext() as file:
-            for index, result in self._engine().stream([request for request, _ in asked]):
-                text = self.tokenizer.decode(result.tokens)
-                sample = sample_of(result, **asked[index][1], weights=weights, text=text)
+        stop: EarlyStop | None = None,
+    ) -> tuple[list[Sample], int]:
+        """This replica's samples, and how many of everybody's were taken over from `finished`, this replica's samples in the journal;
+        the others go there as they end.
+
+        stop: asked after every sample, so that a replica that works on its own ends early; replicas in lock-step go on to the end.
+        """
+        encoded = {prompt: self._encoded(task.prompt, plan) for prompt, task in plan.tasks.items()}
+        per_prompt = plan.per_prompt
+        numbers = range(plan.prompts.start * per_prompt, plan.prompts.stop * per_prompt)
+        own = [finished[n] for n in numbers if n in finished and _fits(finished[n], encoded[n // per_prompt], plan)]
+        done = self._everybodys([sample.number for sample in own])
+        asked = [number for number in numbers if number not in done]
+        requests = [
+            Request(encoded[number // per_prompt], request_seed(plan.seed, number), plan.sampling) for number in asked
+        ]
+        log = Journal(journal, sync_every=0) if self.judges and journal else contextlib.nullcontext()
+        results = cast(Generator[tuple[int, Result], None, None], self._engine().stream(requests))
+        with log as file, contextlib.closing(results):
+            for index, result in results:
+                number = asked[index]
+                sample = sample_of(
+                    result,
+                    number=number,
+                    group=number // per_prompt,
+                    task=plan.tasks[number // per_prompt],
+                    prompt=requests[index].prompt,
+                    weights=weights,
+                    text=self.tokenizer.decode(result.tokens) if self.judges else "",
+                )
                 if file is not None:
                     file.append(to_record(sample))
                 own.append(sample)
-        shares: list[list[Sample]] = [[] for _ in range(self.groups.dp_cp.size())]
-        dist.all_gather_object(shares, own, group=self.groups.dp_cp)
-        done |= {sample.number: sample for share in shares for sample in share}
-        return [done[number] for number in sorted(done)]
+                if stop is not None and not self.lock_step and stop.reason(self.groups.mp):
+                    break
+        return sorted(own, key=lambda sample: sample.number), len(done)
+
+    def _everybodys(self, numbers: list[int]) -> set[int]:
+        shares: list[list[int]] = [[] for _ in range(self.groups.dp_cp.size())]
+        dist.all_gather_object(shares, numbers, group=self.groups.dp_cp)
+        return {number for share in shares for number in share}
 
     def _engine(self) -> Engine | ReferenceEngine:
         self.trainer.complete_parameters()
         if self.config.rl.engine == "reference":
-            return ReferenceEngine(self.trainer.models, self.groups, tokens=self.config.training.seq_length)
-        return Engine(self.trainer.models, self.groups, slots=self.config.rl.slots)
-
-    def _check_length(self, prompt: str, ids: list[int]) -> None:
-        most = self.config.training.seq_length - self.config.rl.max_new_tokens + 1
-        if not 0 < len(ids) <= most:
-            raise ConfigError(
-                f"The prompt {prompt[:60]!r} has {len(ids)} tokens; training.seq_length={self.config.training.seq_length} and "
-                f"rl.max_new_tokens={self.config.rl.max_new_tokens} leave room for 1 to {most}. Change one of them or the task."
+            return ReferenceEngine(
+                self.trainer.models,
+                self.groups,
+                tokens=self.config.training.seq_length,
+                record_routing=self.config.rl.routing_replay,
             )
+        return Engine(
+            self.trainer.models,
+            self.groups,
+            slots=self.config.rl.slots,
+            record_routing=self.config.rl.routing_replay,
+        )
 
-    def _judge(self, samples: list[Sample]) -> list[Sample]:
-        verdicts: list[RewardResult] = []
+    def _encoded(self, prompt: str, plan: _Plan) -> tuple[int, ...]:
+        ids, length, new = self.tokenizer.encode(prompt), self.config.training.seq_length, plan.sampling.max_new_tokens
+        if not 0 < len(ids) <= length - new + 1:
+            raise ConfigError(
+                f"The prompt {prompt[:60]!r} has {len(ids)} tokens; training.seq_length={length} and {new} new tokens leave room "
+                f"for 1 to {length - new + 1}. Change training.seq_length, rl.max_new_tokens or the task."
+            )
+        return tuple(ids)
+
+    def _judge(self, samples: list[Sample]) -> tuple[list[Sample], list[Facts]]:
+        """(this replica's samples, with their verdicts where they were judged; the facts of all replicas' samples)"""
         with together():
             if self.pool is not None:
                 requests = [RewardRequest(s.task.reward, s.task.prompt, s.text, s.task.task) for s in samples]
@@ -202,19 +261,19 @@ class Rollouts:
                     verdicts = self.pool.score(requests)
                 except TooManyRewardErrors as error:
                     raise ConfigError(str(error)) from None
-        verdicts = from_rank_0(verdicts)
-        return [sample.judged(verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
+                samples = [sample.judged(verdict) for sample, verdict in zip(samples, verdicts, strict=True)]
+        return samples, facts_of_all([facts_of(sample) for sample in samples] if self.judges else [])
 
-    def _informative(self, samples: list[Sample]) -> list[Sample]:
-        """The samples to train on. A truncated one counts as rl.truncated says."""
+    def _informative(self, facts: list[Facts]) -> list[Facts]:
+        """Those to train on. A truncated one counts as rl.truncated says."""
         rl = self.config.rl
-        valid = [s.reward is not None and not (rl.truncated == "drop" and s.truncated) for s in samples]
-        rewards = [0.0 if rl.truncated == "zero" and s.truncated else s.reward or 0.0 for s in samples]
+        valid = [f.reward is not None and not (rl.truncated == "drop" and f.truncated) for f in facts]
+        rewards = [0.0 if rl.truncated == "zero" and f.truncated else f.reward or 0.0 for f in facts]
         kept = torch.tensor(valid)
         if rl.dynamic_sampling:
-            groups = torch.tensor([sample.group for sample in samples])
+            groups = torch.tensor([sample.group for sample in facts])
             kept, _ = informative_samples(torch.tensor(rewards), groups, valid=kept)
-        return [sample for sample, keep in zip(samples, kept.tolist(), strict=True) if keep]
+        return [sample for sample, keep in zip(facts, kept.tolist(), strict=True) if keep]
 
     def _weights_version(self, step: int) -> str:
         """Changes with any weight: the step and the sum of all bit patterns. In another layout it is another."""
@@ -231,13 +290,20 @@ class Rollouts:
         return None if folder is None else Path(folder) / f"step_{step + 1:08d}.replica_{replica:05d}.jsonl"
 
     def _journaled(self, step: int, weights: str) -> dict[int, Sample]:
-        """Finished samples of this step and these weights, by number; those of other weights are of no use."""
+        """This replica's finished samples of this step and these weights, by number; those of other weights are of no use."""
+        path = self._journal_path(step)
         found: dict[int, Sample] = {}
-        folder = self.config.rl.journal
         with together():
-            if dist.get_rank() == 0 and folder is not None:
-                for path in sorted(Path(folder).glob(f"step_{step + 1:08d}.replica_*.jsonl")):
-                    for record in read_journal(path):
-                        if record["weights"] == weights:
-                            found[record["number"]] = from_record(record)
-        return from_rank_0(found)
+            if path is not None and path.exists():
+                for record in read_journal(path):
+                    sample = from_record(record)
+                    if sample.weights == weights and (sample.routing is not None) == self.config.rl.routing_replay:
+                        found[sample.number] = sample
+        return found
+
+
+def _fits(sample: Sample, prompt: tuple[int, ...], plan: _Plan) -> bool:
+    """Whether the journal's sample is what would be asked for now: options may have been changed since."""
+    most = plan.sampling.max_new_tokens
+    length = len(sample.response)
+    return tuple(sample.prompt) == prompt and (length == most if sample.truncated else length <= most)

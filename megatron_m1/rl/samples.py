@@ -1,5 +1,6 @@
-"""One rollout from request to verdict, and its record in the journal."""
+"""One rollout from request to verdict, its record in the journal, and the little of it that every rank knows."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ from megatron_m1.rl.journal import decode_array, encode_array
 from megatron_m1.rl.rewards.protocol import RewardResult
 from megatron_m1.rl.tasks import Task
 
-__all__ = ["Sample", "from_record", "sample_of", "to_record"]
+__all__ = ["Facts", "Sample", "facts_of", "from_record", "sample_of", "to_record"]
 
 
 @dataclass(frozen=True)
@@ -20,18 +21,20 @@ class Sample:
 
     number: of the request within its run, the same after a resume.  group: number of its prompt.  weights: version of the
     weights that it was drawn from.  logprobs: float32 [response tokens], nats, as the engine reported them.
-    reward: None where reward_error says why there is none.
+    routing: [prompt + response - 1, layers, top_k] unsigned, the experts of every token that went through the model; None where they
+    were not recorded.  reward: None where reward_error says why there is none.
     """
 
     number: int
     group: int
     weights: str
     task: Task
-    prompt: tuple[int, ...]
-    response: tuple[int, ...]
+    prompt: Sequence[int]
+    response: Sequence[int]
     logprobs: np.ndarray
     finish_reason: str
     text: str
+    routing: np.ndarray | None = None
     reward: float | None = None
     reward_error: str | None = None
     parts: dict[str, float] = field(default_factory=dict)
@@ -47,14 +50,49 @@ class Sample:
         return replace(self, reward=result.score.value, parts=dict(result.score.parts))
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What every rank knows of a sample, whoever generated it.
+
+    prompt_length, length: tokens of prompt and response.  logprob_sum: of the response, nats.  reward: None where there is none.
+    """
+
+    number: int
+    group: int
+    prompt_length: int
+    length: int
+    logprob_sum: float
+    finish_reason: str
+    reward: float | None
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+def facts_of(sample: Sample) -> Facts:
+    """The facts of a sample that this rank has."""
+    return Facts(
+        sample.number,
+        sample.group,
+        len(sample.prompt),
+        len(sample.response),
+        float(sample.logprobs.sum(dtype=np.float64)),
+        sample.finish_reason,
+        sample.reward,
+    )
+
+
 def sample_of(
     result: Result, *, number: int, group: int, weights: str, task: Task, prompt: Sequence[int], text: str
 ) -> Sample:
     """The sample of what the engine gave back; `text` is the decoded response."""
     logprobs = np.array(result.logprobs, dtype=np.float32)
-    return Sample(
-        number, group, weights, task, tuple(prompt), tuple(result.tokens), logprobs, result.finish_reason, text
-    )
+    routing = None if result.routing is None else result.routing.numpy()
+    if routing is not None:
+        routing = routing.astype(np.min_scalar_type(routing.max()))
+    response = array("i", result.tokens)
+    return Sample(number, group, weights, task, prompt, response, logprobs, result.finish_reason, text, routing)
 
 
 def to_record(sample: Sample) -> dict[str, Any]:
@@ -69,6 +107,7 @@ def to_record(sample: Sample) -> dict[str, Any]:
         "logprobs": encode_array(sample.logprobs),
         "finish_reason": sample.finish_reason,
         "text": sample.text,
+        "routing": None if sample.routing is None else encode_array(sample.routing),
     }
 
 
@@ -80,8 +119,9 @@ def from_record(record: dict[str, Any]) -> Sample:
         record["weights"],
         Task(**record["task"]),
         tuple(record["prompt"]),
-        tuple(record["response"]),
+        array("i", record["response"]),
         decode_array(record["logprobs"]),
         record["finish_reason"],
         record["text"],
+        None if record.get("routing") is None else decode_array(record["routing"]),
     )

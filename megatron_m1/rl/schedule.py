@@ -6,17 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.config.schema import CurriculumPoint, WindowStage
 
-__all__ = ["CurriculumPoint", "PassRates", "WindowController", "WindowStage", "curriculum_weights", "length_quantile"]
-
-
-@dataclass(frozen=True)
-class WindowStage:
-    """An output window and what the report changes with it (section 5: a smaller clip and eps_high while extending)."""
-
-    max_new_tokens: int
-    is_weight_cap: float
-    gradient_clip: float
+__all__ = ["PassRates", "WindowController", "curriculum_weights", "length_quantile"]
 
 
 def length_quantile(lengths: Iterable[int], q: float) -> int:
@@ -31,6 +23,7 @@ def length_quantile(lengths: Iterable[int], q: float) -> int:
 class WindowController:
     """Moves the output window on when M1's two signals agree (report, section 5): 40K, 48K, 56K, 64K, 72K, 80K.
 
+    stages: rising windows, at least one.
     1. The perplexity of generations has converged: the means of the older and the newer half of the last `patience` steps
        in this window differ by at most `tolerance` of the older one.
     2. The 99th percentile of generation lengths is near the window: at least `near_share` of it, in each of these steps.
@@ -44,13 +37,6 @@ class WindowController:
     index: int = 0
     perplexities: list[float] = field(default_factory=list)
     near: list[bool] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        windows = [stage.max_new_tokens for stage in self.stages]
-        if not windows or windows[0] <= 0 or windows != sorted(set(windows)):
-            raise ConfigError(f"windows={windows} must be positive and strictly increasing; list each window once.")
-        if self.patience < 2:
-            raise ConfigError(f"patience={self.patience} must be at least 2: two halves are compared.")
 
     @property
     def stage(self) -> WindowStage:
@@ -98,35 +84,17 @@ class WindowController:
         self.perplexities, self.near = list(state["perplexities"]), list(state["near"])
 
 
-@dataclass(frozen=True)
-class CurriculumPoint:
-    """Weights of the task sources at a step."""
-
-    step: int
-    weights: Mapping[str, float]
-
-
-def curriculum_weights(step: int, points: Sequence[CurriculumPoint]) -> dict[str, float]:
+def curriculum_weights(step: int, points: Sequence[CurriculumPoint]) -> list[float]:
     """Share of each source in step `step`, summing to 1: linear between the points' normalised weights, constant outside.
 
-    A source that a point does not name has weight 0 there. The report goes from rule-checked reasoning to a mix with general
-    tasks (section 4.3) without figures. Raises ConfigError for points out of order or weights that cannot be normalised.
+    points: rising steps, at least one. The report goes from rule-checked reasoning to a mix with general tasks (section 4.3)
+    without figures.
     """
-    steps = [point.step for point in points]
-    if not points or steps != sorted(set(steps)):
-        raise ConfigError(f"curriculum steps={steps} must be given and strictly increase.")
-    for point in points:
-        if min(point.weights.values(), default=0) < 0 or not sum(point.weights.values()) > 0:
-            raise ConfigError(f"curriculum weights at step {point.step} must be at least 0 with a positive sum.")
-    names = sorted({name for point in points for name in point.weights})
     after = next((i for i, point in enumerate(points) if point.step > step), len(points))
     left, right = points[max(after - 1, 0)], points[min(after, len(points) - 1)]
     done = 0.0 if left.step == right.step else (step - left.step) / (right.step - left.step)
-
-    def share(point: CurriculumPoint, name: str) -> float:
-        return point.weights.get(name, 0.0) / sum(point.weights.values())
-
-    return {name: (1 - done) * share(left, name) + done * share(right, name) for name in names}
+    shares = [[weight / sum(point.weights) for weight in point.weights] for point in (left, right)]
+    return [(1 - done) * a + done * b for a, b in zip(*shares, strict=True)]
 
 
 @dataclass
@@ -163,6 +131,10 @@ class PassRates:
         """False if the prompt is known to be too easy or too hard."""
         passed, tried = self.counts.get(prompt_id, (0.0, 0.0))
         return tried < self.min_attempts or self.hard_below * tried <= passed <= self.easy_above * tried
+
+    def ruled_out(self) -> int:
+        """Prompts that are not wanted."""
+        return sum(not self.wanted(prompt_id) for prompt_id in self.counts)
 
     def state(self) -> dict[str, list[float]]:
         """JSON values; `PassRates.counts` is restored with `load`."""

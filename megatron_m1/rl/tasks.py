@@ -1,8 +1,10 @@
 """What the policy is asked, and how each answer is verified: sources of tasks, mixed by weight."""
 
+import hashlib
 import json
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +12,9 @@ from typing import Any, Protocol
 from megatron_m1.config.errors import ConfigError
 from megatron_m1.config.schema import RLConfig, TaskSource
 from megatron_m1.rl.rewards.protocol import RewardSpec
+from megatron_m1.rl.schedule import curriculum_weights
 
-__all__ = ["REWARDS", "Task", "TaskMix", "addition", "sort_digits"]
+__all__ = ["REWARDS", "Task", "TaskMix", "addition", "prompt_id", "sort_digits"]
 
 REWARDS = {
     name: RewardSpec(f"megatron_m1.rl.rewards.{name}:{name.capitalize()}Reward")
@@ -19,6 +22,8 @@ REWARDS = {
 }
 HELD_OUT_SHARE = 10
 """One in so many of the made-up tasks is held out, by a checksum of its prompt."""
+DRAWS = 64
+"""Prompts looked at in place of one that is not wanted; the last of them is taken whatever it is."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Source(Protocol):
 
 
 class TaskMix:
-    """The tasks of a run: a pure function of seed and number, so that a resumed run asks the same.
+    """The tasks of a run: a pure function of seed, number, step and what is wanted, so that a resumed run asks the same.
 
     Raises ConfigError for a file or data set that cannot be used.
     """
@@ -46,17 +51,34 @@ class TaskMix:
         self.seed = seed
         self.sources = [_source(source) for source in config.tasks]
         self.weights = [source.weight for source in config.tasks]
+        self.curriculum = config.curriculum
 
-    def task(self, number: int, *, held_out: bool = False) -> Task:
-        """Task `number` of the training or the held-out sequence."""
+    def task(
+        self, number: int, *, held_out: bool = False, step: int = 0, wanted: Callable[[str], bool] | None = None
+    ) -> Task:
+        """Task `number` of the training or the held-out sequence.
+
+        In training the curriculum's weights at `step` (0-based) choose the source, if there is one, and where `wanted`
+        refuses the prompt another of the same source is drawn, up to DRAWS of them.
+        """
         rng = random.Random(f"{self.seed}/{'held out' if held_out else 'train'}/{number}")
-        (source,) = rng.choices(self.sources, self.weights)
-        return source.draw(rng, held_out=held_out)
+        weights = self.weights if held_out or not self.curriculum else curriculum_weights(step, self.curriculum)
+        (source,) = rng.choices(self.sources, weights)
+        for _ in range(DRAWS):
+            task = source.draw(rng, held_out=held_out)
+            if held_out or wanted is None or wanted(task.prompt):
+                break
+        return task
 
     def rewards(self) -> dict[str, RewardSpec]:
         """The rewards that these tasks may name."""
         names = {name for source in self.sources for name in source.rewards}
         return {name: REWARDS[name] for name in sorted(names)}
+
+
+def prompt_id(prompt: str) -> str:
+    """Short name of a prompt, for what is kept about it."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def sort_digits(rng: random.Random, size: int) -> tuple[str, str]:

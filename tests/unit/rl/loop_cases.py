@@ -1,5 +1,7 @@
 """A tiny policy and fixed samples for the tests of the RL loop."""
 
+from array import array
+
 import numpy as np
 import torch
 
@@ -40,7 +42,7 @@ def tiny_config(parallel: dict | None = None, **rl: object) -> Config:
 
 
 def fixed_samples(groups: int = 4, per_group: int = 4) -> list[Sample]:
-    """Random tokens of ragged lengths with rewards of both kinds in every group."""
+    """Random tokens of ragged lengths, with rewards of both kinds in every group and random experts, which no gate would choose."""
     generator = torch.Generator().manual_seed(11)
     samples = []
     for number in range(groups * per_group):
@@ -48,10 +50,12 @@ def fixed_samples(groups: int = 4, per_group: int = 4) -> list[Sample]:
         prompt = torch.randint(0, VOCAB, (3 + 2 * group,), generator=generator).tolist()
         count = int(torch.randint(1, 12, (), generator=generator))
         response = torch.randint(0, VOCAB, (count,), generator=generator).tolist()
+        passed = len(prompt) + count - 1
+        routing = torch.rand(passed, 2, 4, generator=generator).topk(2).indices.numpy().astype(np.uint8)
         logprobs = -5.0 + torch.randn(count, generator=generator).numpy().astype(np.float32)
         samples.append(
             Sample(
-                number, group, "0", Task("", "exact"), tuple(prompt), tuple(response), logprobs, "eos", "",
+                number, group, "0", Task("", "exact"), tuple(prompt), array("i", response), logprobs, "eos", "", routing,
                 reward=float(number % per_group < 1 + group % 3),
             )
         )  # fmt: skip

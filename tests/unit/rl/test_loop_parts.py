@@ -94,8 +94,11 @@ def test_what_cannot_run_is_refused(change, message):
 def test_a_record_gives_the_sample_back():
     sample = replace(fixed_samples()[3], reward=None)
     back = from_record(json.loads(json.dumps(to_record(sample))))
-    assert replace(back, logprobs=None) == replace(sample, logprobs=None)
+    bare = {"logprobs": None, "routing": None}
+    assert replace(back, **bare) == replace(sample, **bare)
     assert back.logprobs.tobytes() == sample.logprobs.tobytes()
+    assert back.routing.dtype == sample.routing.dtype and (back.routing == sample.routing).all()
+    assert from_record(to_record(replace(sample, routing=None))).routing is None
 
 
 class Letters:
@@ -109,7 +112,7 @@ def test_the_page_shows_tokens_and_marks_the_capped_ones(tmp_path):
     marks = torch.zeros(len(samples[0].response), dtype=torch.bool)
     marks[0] = True
     path = tmp_path / "pages/step.html"
-    write_page(path, title="a<b", samples=samples, capped={0: marks}, tokenizer=Letters(), max_groups=2)
+    write_page(path, title="a<b", samples=samples[:8], capped={0: marks}, tokenizer=Letters(), prompts=4)
     page = path.read_text()
     assert page.count('class="sample"') == 8 and page.count("token capped") == 1 and page.count("not trained on") == 7
     assert page.count('<span class="token') == sum(len(sample.response) for sample in samples[:8])

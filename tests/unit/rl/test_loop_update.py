@@ -32,8 +32,8 @@ def gradients(rank: int, world: int, config: Config, mutant: str | None = None) 
         policy.old[index] = policy.old[index] + 0.3 * noise
     if mutant == "local normaliser":
         own = {index for pack in policy.packs[1] for index, _, _ in pack.places}
-        lengths = [len(policy.samples[i].response) if i in own else 0 for i in policy.updates[1]]
-        numbers = torch.tensor([policy.samples[i].group for i in policy.updates[1]])
+        lengths = [policy.facts[i].length if i in own else 0 for i in policy.updates[1]]
+        numbers = torch.tensor([policy.facts[i].group for i in policy.updates[1]])
         policy.normalizers[1] = update_module.Normalizer.for_batch(
             torch.tensor(lengths), numbers, normalization="per_group"
         )

@@ -6,14 +6,8 @@ import random
 import pytest
 
 from megatron_m1.config.errors import ConfigError
-from megatron_m1.rl.schedule import (
-    CurriculumPoint,
-    PassRates,
-    WindowController,
-    WindowStage,
-    curriculum_weights,
-    length_quantile,
-)
+from megatron_m1.config.schema import CurriculumPoint, WindowStage
+from megatron_m1.rl.schedule import PassRates, WindowController, curriculum_weights, length_quantile
 
 WINDOWS = [40_000, 48_000, 56_000, 64_000, 72_000, 80_000]
 STAGES = [WindowStage(w, 5.0 - 0.5 * i, 1.0 / (i + 1)) for i, w in enumerate(WINDOWS)]
@@ -63,7 +57,7 @@ def test_history_starts_anew_and_the_last_window_stays():
     control = controller()
     moves = [t for t in range(80) if control.update(perplexity=1.5, p99_length=80_000)]
     assert moves == [9, 19, 29, 39, 49]
-    assert control.stage.is_weight_cap == 2.5
+    assert control.stage.is_weight_cap == 2.5 and control.stage.clip_grad == 1 / 6
 
 
 def test_a_resumed_controller_moves_at_the_same_step():
@@ -79,11 +73,7 @@ def test_a_resumed_controller_moves_at_the_same_step():
         WindowController(STAGES[:1]).load({"window": 48_000, "perplexities": [], "near": []})
 
 
-def test_bad_controllers_and_signals_are_refused():
-    with pytest.raises(ConfigError, match="increasing"):
-        WindowController([STAGES[1], STAGES[0]])
-    with pytest.raises(ConfigError, match="patience"):
-        WindowController(STAGES, patience=1)
+def test_a_perplexity_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="finite"):
         controller().update(perplexity=float("nan"), p99_length=1)
 
@@ -97,13 +87,10 @@ def test_length_quantile_is_nearest_rank():
 
 
 def test_curriculum_is_linear_between_points():
-    points = [CurriculumPoint(10, {"math": 3, "code": 1}), CurriculumPoint(20, {"math": 1, "general": 1})]
-    assert curriculum_weights(0, points) == {"code": 0.25, "general": 0.0, "math": 0.75}
-    assert curriculum_weights(15, points) == pytest.approx({"code": 0.125, "general": 0.25, "math": 0.625})
-    assert curriculum_weights(20, points) == curriculum_weights(99, points) == {"code": 0, "general": 0.5, "math": 0.5}
-    for bad in ([], [points[1], points[0]], [CurriculumPoint(0, {"a": 0.0})], [CurriculumPoint(0, {"a": -1, "b": 2})]):
-        with pytest.raises(ConfigError):
-            curriculum_weights(0, bad)
+    points = [CurriculumPoint(10, [3, 1, 0]), CurriculumPoint(20, [1, 0, 1])]
+    assert curriculum_weights(0, points) == curriculum_weights(10, points) == [0.75, 0.25, 0.0]
+    assert curriculum_weights(15, points) == pytest.approx([0.625, 0.125, 0.25])
+    assert curriculum_weights(20, points) == curriculum_weights(99, points) == [0.5, 0.0, 0.5]
 
 
 def test_easy_and_hard_prompts_are_skipped_once_known():

@@ -10,7 +10,7 @@ def stop_reasons(rank, world, signalled, number, exit_after_s):
     """(reason before, reason after rank `signalled` got the signal, whether the handlers are back)."""
     import torch
 
-    from megatron_m1.pretrain.stop import EarlyStop
+    from megatron_m1.engine.stop import EarlyStop
 
     handled = (signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(item) for item in handled]

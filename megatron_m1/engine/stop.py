@@ -21,11 +21,11 @@ class EarlyStop:
         self.signal = 0
         self.previous: dict[int, Any] = {}
 
-    def reason(self) -> str | None:
-        """One all-reduce of two integers; call once a step on every rank."""
+    def reason(self, group: dist.ProcessGroup | None = None) -> str | None:
+        """One all-reduce of two integers, over `group` (None: the world), on all of whose ranks it is to be called."""
         late = self.deadline is not None and time.monotonic() >= self.deadline
         state = torch.tensor([self.signal, int(late)], device=self.device)
-        dist.all_reduce(state, op=dist.ReduceOp.MAX)
+        dist.all_reduce(state, op=dist.ReduceOp.MAX, group=group)
         number, late_anywhere = state.tolist()
         if number:
             return signal.Signals(number).name
