@@ -24,6 +24,14 @@ class Case:
     layer: int = 0
     layers: int = 8
     dtype: torch.dtype = torch.float32
+    out_of: int | None = None
+    """Heads of the model that the case's heads are taken from, first and last among them; None: it has no others."""
+
+    @property
+    def slopes(self) -> torch.Tensor:
+        if self.out_of is None:
+            return slopes(self.heads, self.layer, self.layers)
+        return slopes(self.out_of, self.layer, self.layers)[torch.linspace(0, self.out_of - 1, self.heads).long()]
 
     @property
     def state_count(self) -> int:
@@ -69,7 +77,7 @@ def run(operator: Callable[..., object], case: Case, inputs: Inputs) -> Results:
     qkv = inputs.qkv.detach().requires_grad_()
     q, k, v = qkv.split(case.dim, dim=-1)
     initial = inputs.initial.detach().requires_grad_()
-    decay = slopes(case.heads, case.layer, case.layers)
+    decay = case.slopes
     if not case.with_states:
         o = operator(q, k, v, decay, cu_seqlens=case.cu_seqlens)
         o.backward(inputs.do)
