@@ -60,13 +60,21 @@ def main(arguments: list[str] | None = None) -> int:
     if interpreting():
         print("TRITON_INTERPRET=1 is set; the interpreter compiles nothing", file=sys.stderr)
         return 2
-    from m1_kernels import triton_decode, triton_lightning, triton_norm, triton_states, triton_swiglu
+    from m1_kernels import (
+        gluon_lightning,
+        triton_decode,
+        triton_lightning,
+        triton_norm,
+        triton_paged,
+        triton_states,
+        triton_swiglu,
+    )
 
     failures = []
     print(f"{'kernel':48} {'sm':>4} {'registers':>9} {'stack':>6} {'shared':>7}  hot loops (products, spills)")
     for target in options.targets:
-        cases = triton_lightning.compile_cases(target)
-        for module in (triton_norm, triton_swiglu, triton_decode, triton_states):
+        cases = triton_lightning.compile_cases(target) + gluon_lightning.compile_cases(target)
+        for module in (triton_norm, triton_swiglu, triton_decode, triton_paged, triton_states):
             cases += module.compile_cases()
         for name, kernel, signature, constants, launch in cases:
             if options.only not in name:
@@ -92,13 +100,14 @@ def _compile(kernel: Any, signature: dict[str, str], constants: dict, launch: di
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = kernel.arg_names
     divisible = {
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name].endswith(":16")
     }
     types = {name: signature[name].removesuffix(":16") for name in names}
-    source = ASTSource(kernel, types, constants, divisible)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, divisible)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(launch))
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:

@@ -4,7 +4,7 @@ import torch
 from m1_kernels import triton_runtime
 from m1_kernels.choice import Implementation, choose
 
-__all__ = ["lightning_attention_step"]
+__all__ = ["lightning_attention_step", "lightning_attention_step_packed"]
 
 
 @torch.no_grad()
@@ -31,7 +31,32 @@ def lightning_attention_step(
     No host synchronisation, except in "torch" on CUDA with active or slots.
     """
     _check(q, k, v, state, slopes, active, slots)
-    return choose("lightning_attention_step", STEP, implementation, q).run(q, k, v, state, slopes, active, slots)
+    return choose("lightning_attention_step", STEP, implementation, q).run(q, k, v, state, slopes, active, slots, False)
+
+
+@torch.no_grad()
+def lightning_attention_step_packed(
+    qkv: torch.Tensor,
+    state: torch.Tensor,
+    slopes: torch.Tensor,
+    *,
+    active: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    activation: str | None = "silu",
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """`lightning_attention_step` of the parts [q|k|v] of activation(qkv); qkv [B, H, 3D] is the projection as it comes.
+
+    activation: "silu", rounded to the dtype of qkv as `lightning_attention_packed` rounds it, or None. The rest as above.
+    """
+    if activation not in ("silu", None):
+        raise ValueError(f"activation={activation!r} must be 'silu' or None")
+    if qkv.ndim != 3 or qkv.shape[-1] % 3:
+        raise ValueError(f"qkv {tuple(qkv.shape)} must be [B, H, 3D]")
+    q, k, v = qkv.split(qkv.shape[-1] // 3, dim=-1)
+    _check(q, k, v, state, slopes, active, slots)
+    chosen = choose("lightning_attention_step", STEP, implementation, q)
+    return chosen.run(q, k, v, state, slopes, active, slots, activation == "silu")
 
 
 def _check(q, k, v, state, slopes, active, slots) -> None:
@@ -58,7 +83,9 @@ def _check(q, k, v, state, slopes, active, slots) -> None:
         raise ValueError(f"slots {slots.dtype} {tuple(slots.shape)} must be int32 [{batch}]")
 
 
-def _torch_step(q, k, v, state, slopes, active, slots) -> torch.Tensor:
+def _torch_step(q, k, v, state, slopes, active, slots, silu: bool) -> torch.Tensor:
+    if silu:
+        q, k, v = (torch.nn.functional.silu(x) for x in (q, k, v))
     if active is None and slots is None:
         return _torch_step_of_all(q, k, v, state, slopes)
     slots = torch.arange(len(q), device=q.device) if slots is None else slots
@@ -79,10 +106,10 @@ def _torch_step_of_all(q, k, v, state, slopes) -> torch.Tensor:
     return torch.matmul(q[..., None, :], state).squeeze(-2).to(out_dtype)
 
 
-def _triton_step(q, k, v, state, slopes, active, slots) -> torch.Tensor:
+def _triton_step(q, k, v, state, slopes, active, slots, silu: bool) -> torch.Tensor:
     from m1_kernels import triton_decode
 
-    return triton_decode.step(q, k, v, state, slopes, active, slots)
+    return triton_decode.step(q, k, v, state, slopes, active, slots, silu)
 
 
 STEP = {

@@ -19,7 +19,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     if x.is_cuda:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _rms_forward(x, weight, eps)[0]
 
 
 def swiglu(gate_up: torch.Tensor, scale: torch.Tensor, *, implementation: str = "auto") -> torch.Tensor:
@@ -69,13 +69,18 @@ def _inner(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
+def _rms_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    inner = x.to(_inner(x.dtype))
+    scale = torch.linalg.vector_norm(inner, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (inner * scale).mul_(weight).to(x.dtype), scale
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        inner = x.to(_inner(x.dtype))
-        scale = torch.linalg.vector_norm(inner, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, scale = _rms_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (inner * scale).mul_(weight).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
@@ -122,12 +127,16 @@ def _swiglu_backward(
 
 
 def _swiglu_torch(gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return _swiglu_forward(gate_up, scale)
     return _SwiGLU.apply(gate_up, scale, _swiglu_forward, _swiglu_backward)
 
 
 def _swiglu_triton(gate_up: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     from m1_kernels import triton_swiglu
 
+    if not torch.is_grad_enabled():
+        return triton_swiglu.forward(gate_up, scale)
     return _SwiGLU.apply(gate_up, scale, triton_swiglu.forward, triton_swiglu.backward)
 
 
@@ -199,6 +208,8 @@ def _gated_backward(
 def _gated_torch(
     x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, channels: int, all_reduce: AllReduce | None
 ) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return _gated_forward(x, gate, weight, eps, channels, all_reduce)[0]
     return _GatedRMSNorm.apply(x, gate, weight, eps, channels, all_reduce, _gated_forward, _gated_backward)
 
 
@@ -207,6 +218,8 @@ def _gated_triton(
 ) -> torch.Tensor:
     from m1_kernels import triton_norm
 
+    if not torch.is_grad_enabled():
+        return triton_norm.forward(x, gate, weight, eps, channels, all_reduce)[0]
     passes = triton_norm.forward, triton_norm.backward
     return _GatedRMSNorm.apply(x, gate, weight, eps, channels, all_reduce, *passes)
 

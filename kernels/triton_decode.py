@@ -18,6 +18,7 @@ def step(
     slopes: torch.Tensor,
     active: torch.Tensor | None,
     slots: torch.Tensor | None,
+    silu: bool,
 ) -> torch.Tensor:
     """[B, H, D], contiguous; see `decode.lightning_attention_step`. One launch, fit for CUDA graphs."""
     batch, heads, dim = q.shape
@@ -28,7 +29,7 @@ def step(
         _step_kernel[(batch * heads * triton.cdiv(dim, columns),)](
             q, k, v, state, slopes.contiguous(), active, slots, out, heads,
             *q.stride(), *k.stride(), *v.stride(), *state.stride()[:2],
-            D=dim, BLOCK_K=block, BLOCK_V=columns, num_warps=_num_warps(block),
+            D=dim, BLOCK_K=block, BLOCK_V=columns, SILU=silu, num_warps=_num_warps(block),
         )  # fmt: skip
     return out
 
@@ -45,11 +46,17 @@ def _one_minus_exp(s):
 
 
 @triton.jit
+def _silu(x, source):
+    """Rounded to the type that `source` points to."""
+    return (x * tl.sigmoid(x)).to(source.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def _step_kernel(
     q, k, v, state, slopes, active, slots, out, heads,
     q_slot, q_head, q_dim, k_slot, k_head, k_dim, v_slot, v_head, v_dim,
     state_slot, state_head,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     columns: tl.constexpr = (D + BLOCK_V - 1) // BLOCK_V
     program = tl.program_id(0)
@@ -69,6 +76,8 @@ def _step_kernel(
     qs = tl.load(q + entry * q_slot + head * q_head + keys * q_dim, mask=live_keys, other=0.0).to(tl.float32)
     ks = tl.load(k + entry * k_slot + head * k_head + keys * k_dim, mask=live_keys, other=0.0).to(tl.float32)
     vs = tl.load(v + entry * v_slot + head * v_head + cols * v_dim, mask=live_cols, other=0.0).to(tl.float32)
+    if SILU:
+        qs, ks, vs = _silu(qs, q), _silu(ks, k), _silu(vs, v)
     at = state + slot * state_slot + head * state_head + keys[:, None] * D + cols[None, :]
     tile = live_keys[:, None] & live_cols[None, :]
     values = tl.load(at, mask=tile, other=0.0)
@@ -84,7 +93,7 @@ def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[
     types = {"state": "*fp32:16", "slopes": "*fp32:16", "active": "*i1:16", "slots": "*i32:16", "heads": "i32:16"}
     cases = []
     for dim, dtype, given in ((128, "bf16", {"active": None, "slots": None}), (128, "bf16", {}), (256, "fp32", {})):
-        constants: dict[str, object] = {"D": dim, "BLOCK_K": dim, "BLOCK_V": BLOCK_V, **given}
+        constants: dict[str, object] = {"D": dim, "BLOCK_K": dim, "BLOCK_V": BLOCK_V, "SILU": bool(given), **given}
         constants |= {"q_dim": 1, "k_dim": 1, "v_dim": 1}
         tensors = dict.fromkeys("q k v out".split(), f"*{dtype}:16")
         signature = {

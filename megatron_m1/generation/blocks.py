@@ -2,7 +2,14 @@
 
 import itertools
 
-__all__ = ["BlockPool", "block_runs"]
+__all__ = ["BLOCK_TOKENS", "BlockPool", "block_runs", "blocks_for"]
+
+BLOCK_TOKENS = 64
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold `tokens`."""
+    return -(-tokens // BLOCK_TOKENS)
 
 
 class BlockPool:
@@ -10,7 +17,7 @@ class BlockPool:
 
     def __init__(self, size: int) -> None:
         self._users = [0] * size
-        self.free = size
+        self.size = self.free = size
         """Blocks that nobody uses."""
 
     def take(self, count: int) -> list[int]:

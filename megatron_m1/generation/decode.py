@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from m1_kernels import swiglu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear
 
 from megatron_m1.generation.cache import HybridCache
 from megatron_m1.generation.products import grouped_product, product
@@ -44,7 +45,7 @@ def decode_stage(
     """What `model(tokens, position_ids, inference_context=cache)` gives, up to rounding: [m, V / tp] fp32 on the last stage, else
     the activations [n, 1, h].
 
-    tokens, position_ids: [1, n] of a pass begun with cache.start_decode. hidden: [n, 1, h] from the stage before.
+    tokens, position_ids: [1, n] of a decoding pass of the cache. hidden: [n, 1, h] from the stage before.
     """
     m1 = model.config.m1
     if model.pre_process:
@@ -53,14 +54,14 @@ def decode_stage(
     hidden = hidden.view(-1, m1.hidden_size)
     rotary = rotary_table(position_ids, m1.rotary_dim, m1.rope_theta)
     for layer in model.decoder.layers:
-        x = _norm(hidden, layer.input_layernorm)
+        x = layer.input_layernorm(hidden)
         attention = layer.self_attention
         if isinstance(attention, LightningAttention):
             out = _lightning(attention, x, cache, groups.tp)
         else:
             out = _softmax(attention, x, cache, rotary, groups.tp)
         hidden = _add(out, x if layer.postnorm else hidden, layer.attention_beta, layer.attention_alpha)
-        y = _norm(hidden, layer.pre_mlp_layernorm)
+        y = layer.pre_mlp_layernorm(hidden)
         if local_experts(groups):
             out = _experts(layer, y, groups, record)
         else:
@@ -70,21 +71,16 @@ def decode_stage(
         hidden = _add(out, y if layer.postnorm else hidden, layer.mlp_beta, layer.mlp_alpha)
     if not model.post_process:
         return hidden.unsqueeze(1)
-    hidden = _norm(cache.predicting(hidden), model.decoder.final_layernorm)
+    hidden = model.decoder.final_layernorm(cache.predicting_step(hidden))
     return product(hidden.float(), model.output_layer.weight)
 
 
 def _lightning(attention: LightningAttention, x: Tensor, cache: HybridCache, tp: dist.ProcessGroup) -> Tensor:
-    qkv = silu(product(x, attention.qkv_proj.weight)).view(1, len(x), attention.local_heads, -1)
-    q, k, v = qkv.split(attention.head_dim, dim=-1)
+    qkv = product(x, attention.qkv_proj.weight).view(len(x), attention.local_heads, -1)
     if attention.slopes.device != x.device:
         attention.slopes = attention.slopes.to(x.device)
-    out = cache.lightning(attention.layer_number, q, k, v, attention.slopes).view(len(x), -1)
-    norm = attention.norm
-    squares = _summed(out.float().square().sum(dim=-1, keepdim=True), tp)
-    scale = squares.div_(norm.channels).add_(norm.eps).rsqrt_()
-    gate = product(x, attention.output_gate.weight)
-    out = torch.sigmoid(gate.float()).mul_(out).mul_(scale).mul_(norm.weight).to(x.dtype)
+    out = cache.lightning_step(attention.layer_number, qkv, attention.slopes).view(len(x), -1)
+    out = attention.norm(out, product(x, attention.output_gate.weight))
     return _summed(product(out, attention.out_proj.weight), tp)
 
 
@@ -93,9 +89,9 @@ def _softmax(
 ) -> Tensor:
     qkv = product(x, attention.qkv_proj.weight)
     qkv = qkv.view(1, len(x), attention.local_groups, attention.queries_per_group + 2, attention.head_dim)
-    q = apply_rotary(qkv[:, :, :, :-2].flatten(2, 3), rotary)
-    k = apply_rotary(qkv[:, :, :, -2], rotary)
-    out = cache.softmax(attention.layer_number, q, k, qkv[:, :, :, -1], scale=attention.head_dim**-0.5)
+    q = apply_rotary(qkv[:, :, :, :-2].flatten(2, 3), rotary)[0]
+    k = apply_rotary(qkv[:, :, :, -2], rotary)[0]
+    out = cache.softmax_step(attention.layer_number, q, k, qkv[0, :, :, -1], scale=attention.head_dim**-0.5)
     return _summed(product(out.reshape(len(x), -1), attention.o_proj.weight), tp)
 
 
@@ -110,15 +106,10 @@ def _experts(layer: torch.nn.Module, y: Tensor, groups: ProcessGroupCollection, 
     # Not bincount, which waits for the device.
     counts = flat.new_zeros(len(experts.fc1)).scatter_add_(0, flat, torch.ones_like(flat))
     gate_up = grouped_product(y.index_select(0, order // router.topk), experts.fc1.flatten(1, 2), counts)
-    gate, up = gate_up.chunk(2, dim=-1)
-    shares = scores.softmax(dim=-1).flatten()[order].to(y.dtype).unsqueeze(-1)
-    out = grouped_product(silu(gate).mul_(up).mul_(shares), experts.fc2, counts)
+    shares = scores.softmax(dim=-1).flatten().index_select(0, order)
+    out = grouped_product(swiglu(gate_up, shares), experts.fc2, counts)
     out = torch.empty_like(out).index_copy_(0, order, out).view(len(y), router.topk, -1).sum(dim=1)
     return _summed(out, groups.expt_tp)
-
-
-def _norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
-    return rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
 
 
 def _add(branch: Tensor, residual: Tensor, beta: float, alpha: float) -> Tensor:

@@ -10,15 +10,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_m1.generation.cache import BLOCK_TOKENS, HybridCache, blocks_for
+from megatron_m1 import platform
+from megatron_m1.generation.blocks import BLOCK_TOKENS, blocks_for
+from megatron_m1.generation.cache import HybridCache
 from megatron_m1.generation.decode import local_experts
+from megatron_m1.generation.device_decode import DeviceDecoder
 from megatron_m1.generation.requests import Request, Result, Running
 from megatron_m1.generation.routing import RoutingRecord
 from megatron_m1.generation.schedule import PromptGroup, group_requests, results_of_all, share_of_replica
 from megatron_m1.generation.stages import Stages, inference
 from megatron_m1.model.m1 import M1Model
+from megatron_m1.platform.transfer import upload
 
-__all__ = ["Engine"]
+__all__ = ["DECODE_MODES", "Engine"]
+
+DECODE_MODES = ("auto", "host", "device", "graph")
 
 
 class Engine:
@@ -38,6 +44,7 @@ class Engine:
         cache_tokens: int | None = None,
         record_routing: bool = False,
         logprob_temperature: float = 1.0,
+        decode: str = "auto",
     ) -> None:
         """models: this rank's chunks, in core's wrappers or out of them, with all their weights in place (no parameter gather under
         way); sequence parallelism is switched off while they generate.
@@ -46,12 +53,19 @@ class Engine:
         a pass at most, a multiple of 64, so that chunks of a prompt end where those of training do. cache_tokens: tokens of keys
         and values per softmax layer, of which a request takes its longest possible length; None: enough for all slots.
         logprob_temperature: of the log-probabilities that are reported, as the trainer that uses them scores.
+        decode: how the host drives one-token passes. "host": it knows every length and touches no key behind one (CPU). "device":
+        the kernels read lengths and blocks from the device, and the host waits for the sampled tokens alone. "graph": so too, and
+        a pass is one CUDA graph (one rank, experts in bf16 or fp16 on compute capability 9.0 or newer); raises RuntimeError where
+        the device refuses. "auto": "host" on CPU; on CUDA graphs, and, with a warning, "device" where they are refused.
         """
+        if decode not in DECODE_MODES:
+            raise ValueError(f"decode={decode!r} must be one of {', '.join(DECODE_MODES)}")
         assert slots >= 1 and prefill_tokens % BLOCK_TOKENS == 0 and prefill_tokens > 0
         self.models: list[M1Model] = unwrap_model(list(models) if isinstance(models, Sequence) else [models])
         self.groups, self.slots = groups, slots
         self.prefill_tokens, self.cache_tokens, self.record_routing = prefill_tokens, cache_tokens, record_routing
         self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature)
+        self.on_device, self.graphs = _decode_mode(decode, groups)
 
     def generate(self, requests: list[Request]) -> list[Result]:
         """A result per request, in order, on every rank. All ranks call it with the same requests.
@@ -99,6 +113,9 @@ class _Batch:
         self.finished = False
         self.slots = max(min(engine.slots, len(requests)), 1)
         self.cache = self._cache(engine, sorted((_capacity(r) for _, r in requests), reverse=True))
+        self.device_decoder: DeviceDecoder | None = None
+        if engine.on_device:
+            self.device_decoder = DeviceDecoder(stages, self.cache, pad_to=self.decode_pad, graphs=engine.graphs)
         self.routing = RoutingRecord(engine.models, groups) if engine.record_routing else None
 
     def recording(self) -> contextlib.AbstractContextManager[None]:
@@ -139,7 +156,7 @@ class _Batch:
         numbers = [layer.layer_number for model in engine.models for layer in model.decoder.layers]
         return HybridCache(
             {number: kinds[number - 1] for number in numbers},
-            slots=self.slots,
+            slots=-(-self.slots // self.decode_pad) * self.decode_pad,
             blocks=blocks,
             longest=max(capacities, default=0),
             heads=m1.num_attention_heads // self.tp,
@@ -147,6 +164,7 @@ class _Batch:
             head_dim=m1.head_dim,
             dtype=config.params_dtype,
             device=self.stages.device,
+            on_device=engine.on_device,
         )
 
     def _agree(self, prefill: bool, decode: bool) -> tuple[bool, bool]:
@@ -192,7 +210,9 @@ class _Batch:
         first = len(self.active) + len(self.prefilling) - len(unfinished)
         position_ids = self.cache.start_prefill(first, [count for _, count in parts], pad_to=self.tp)
         tokens = [t for group, count in parts for t in group.prompt[group.prefilled : group.prefilled + count]]
-        logits = self._pass(tokens, position_ids, decode=False)
+        padded = tokens + [0] * (position_ids.shape[1] - len(tokens))
+        output = self.stages.run(upload(padded, self.stages.device)[None], position_ids, self.cache)
+        logits = None if output is None else output[0]
         rows = None if self.routing is None or not parts else self.routing.take(len(tokens))
         start = 0
         for row, (group, count) in enumerate(parts):
@@ -252,22 +272,21 @@ class _Batch:
         self.stages.choose(torch.stack(rows) if rows else None, started)
 
     def _decode(self) -> None:
-        position_ids = self.cache.start_decode(pad_to=self.decode_pad)
-        logits = self._pass([request.last_token for request in self.active], position_ids, decode=True)
+        tokens = [request.last_token for request in self.active]
+        record = None if self.routing is None else self.routing.add
+        if self.device_decoder is not None:
+            logits = self.device_decoder.run(tokens, record=record)
+        else:
+            position_ids = self.cache.start_decode(pad_to=self.decode_pad)
+            ids = torch.tensor([tokens + [0] * (position_ids.shape[1] - len(tokens))])
+            output = self.stages.run(ids, position_ids, self.cache, decode=True, record=record)
+            logits = None if output is None else output[0]
         if not self.active:
             return
         if self.routing is not None:
             for request, row in zip(self.active, self.routing.take(len(self.active)).split(1), strict=True):
                 request.routing.append(row)
         self.stages.choose(logits, self.active)
-
-    def _pass(self, tokens: list[int], position_ids: Tensor, *, decode: bool) -> Tensor | None:
-        """[sequences, V / TP] where the head is."""
-        padded = tokens + [0] * (position_ids.shape[1] - len(tokens))
-        ids = torch.tensor([padded], device=self.stages.device)
-        record = None if self.routing is None else self.routing.add
-        logits = self.stages.run(ids, position_ids, self.cache, decode=decode, record=record)
-        return None if logits is None else logits[0]
 
     def _ended(self) -> list[tuple[int, Result]]:
         """The requests that are done, whose slots are free now."""
@@ -283,6 +302,22 @@ class _Batch:
                 request.result.routing = self.routing.assembled(request.routing)
             ended.append((request.index, request.result))
         return ended
+
+
+def _decode_mode(decode: str, groups: ProcessGroupCollection) -> tuple[bool, str]:
+    """(whether the device reads its own tables, whether as graphs: "always", "try" or "never")."""
+    alone = all(group.size() == 1 for group in (groups.tp, groups.pp, groups.ep, groups.expt_tp))
+    if decode == "graph":
+        if not platform.is_cuda() or not alone:
+            raise ValueError(
+                "decode='graph' needs CUDA and a replica of one rank, whose passes hold no communication; use 'device' or 'auto'"
+            )
+        return True, "always"
+    if decode == "auto":
+        return platform.is_cuda(), "try" if alone else "never"
+    if decode == "host" and platform.is_cuda():
+        raise ValueError("decode='host' runs on CPU; use 'device'")
+    return decode == "device", "never"
 
 
 def _capacity(request: Request) -> int:

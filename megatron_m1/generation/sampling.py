@@ -2,14 +2,16 @@
 
 import hashlib
 import struct
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_m1.generation.requests import Sampling
+from megatron_m1.platform.transfer import upload
 
-__all__ = ["gathered", "sample", "uniform"]
+__all__ = ["SamplingPlan", "gathered", "sample", "uniform"]
 
 CANDIDATES = 256
 """Likeliest tokens of each rank among which a restricted draw is first looked for."""
@@ -21,36 +23,68 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits: Tensor, numbers: Tensor, samplings: list[Sampling], group: dist.ProcessGroup) -> Tensor:
+@dataclass(frozen=True)
+class _Kind:
+    """Rows that are drawn alike: `greedy`, from the `whole` softmax or a `restricted` one."""
+
+    name: str
+    rows: Tensor | None
+    """int64, None for all rows."""
+    temperature: Tensor
+    """[m, 1] fp32."""
+    top_p: Tensor
+    """[m, 1] float64."""
+    top_k: Tensor
+    """[m, 1] int64; 0 for all."""
+
+
+class SamplingPlan:
+    """How each row of a batch draws, on its device: made once for as long as the same requests run."""
+
+    def __init__(self, samplings: list[Sampling], device: torch.device) -> None:
+        self.samplings = samplings
+        members: dict[str, list[int]] = {"greedy": [], "whole": [], "restricted": []}
+        for row, sampling in enumerate(samplings):
+            restricted = sampling.top_p < 1.0 or sampling.top_k > 0
+            members["greedy" if sampling.temperature == 0.0 else "restricted" if restricted else "whole"].append(row)
+        self.kinds = [_kind(name, rows, samplings, device) for name, rows in members.items() if rows]
+
+
+def _kind(name: str, rows: list[int], samplings: list[Sampling], device: torch.device) -> _Kind:
+    chosen = [samplings[row] for row in rows]
+    # A temperature that fp32 rounds to 0 would give 0 / 0 for the largest logit.
+    temperature = upload([[max(s.temperature, 1e-38)] for s in chosen], device, dtype=torch.float32)
+    top_p = upload([[s.top_p] for s in chosen], device, dtype=torch.float64)
+    top_k = upload([[s.top_k] for s in chosen], device)
+    return _Kind(name, None if len(rows) == len(samplings) else upload(rows, device), temperature, top_p, top_k)
+
+
+def sample(logits: Tensor, numbers: Tensor, plan: SamplingPlan, group: dist.ProcessGroup) -> Tensor:
     """Next token [m] int64 of each row, the same on every rank of `group`.
 
     logits: [m, V / ranks] fp32, this rank's slice of the vocabulary. numbers: [m] float64 in [0, 1), which alone decide the
-    draws. samplings: one per row. temperature 0: the likeliest token (the lowest id of equals). Else a draw from
+    draws. plan: of the m rows. temperature 0: the likeliest token (the lowest id of equals). Else a draw from
     softmax(logits / temperature), cut to the top_k likeliest, then to the fewest of those whose share of what is left sums to
     at least top_p (at least one; of equals the lower id stays). Masses are added in float64, row by row alike, so that only the
-    rounding of the logits themselves tells layouts and batches apart.
+    rounding of the logits themselves tells layouts and batches apart. Waits for the device only where a draw is restricted.
     """
-    chosen = torch.empty(len(samplings), dtype=torch.int64, device=logits.device)
-    kinds: dict[str, list[int]] = {"greedy": [], "whole": [], "restricted": []}
-    for row, sampling in enumerate(samplings):
-        restricted = sampling.top_p < 1.0 or sampling.top_k > 0
-        kinds["greedy" if sampling.temperature == 0.0 else "restricted" if restricted else "whole"].append(row)
-    for kind, members in kinds.items():
-        if not members:
-            continue
-        whole_batch = len(members) == len(samplings)
-        rows = torch.tensor(members, device=logits.device)
-        part = logits if whole_batch else logits.index_select(0, rows)
-        if kind == "greedy":
+    chosen = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for kind in plan.kinds:
+        part = logits if kind.rows is None else logits.index_select(0, kind.rows)
+        if kind.name == "greedy":
             tokens = _greedy(part, group)
         else:
-            weights = _weights(part, [samplings[row] for row in members], group)
-            draw = numbers if whole_batch else numbers.index_select(0, rows)
-            if kind == "whole":
-                tokens = _draw_whole(weights, draw, group)
-            else:
-                tokens = _draw_restricted(weights, draw, [samplings[row] for row in members], group)
-        chosen.index_copy_(0, rows, tokens)
+            weights = _weights(part, kind.temperature, group)
+            draw = numbers if kind.rows is None else numbers.index_select(0, kind.rows)
+            tokens = (
+                _draw_whole(weights, draw, group)
+                if kind.name == "whole"
+                else _draw_restricted(weights, draw, kind, group)
+            )
+        if kind.rows is None:
+            chosen = tokens
+        else:
+            chosen.index_copy_(0, kind.rows, tokens)
     if group.size() > 1:
         # The ranks have equal numbers, but not every device sums equal numbers alike twice.
         dist.broadcast(chosen, src=dist.get_global_rank(group, 0), group=group)
@@ -69,14 +103,12 @@ def _greedy(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
     return tokens.gather(0, first).squeeze(0)
 
 
-def _weights(logits: Tensor, samplings: list[Sampling], group: dist.ProcessGroup) -> Tensor:
+def _weights(logits: Tensor, temperature: Tensor, group: dist.ProcessGroup) -> Tensor:
     """exp((logits - largest) / temperature), fp32."""
     largest = logits.amax(dim=-1, keepdim=True)
     if group.size() > 1:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    # A temperature that fp32 rounds to 0 would give 0 / 0 for the largest.
-    temperature = torch.tensor([max(s.temperature, 1e-38) for s in samplings], device=logits.device)
-    return (logits - largest).div_(temperature.unsqueeze(-1)).exp_()
+    return (logits - largest).div_(temperature).exp_()
 
 
 def _draw_whole(weights: Tensor, numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -95,13 +127,12 @@ def _draw_whole(weights: Tensor, numbers: Tensor, group: dist.ProcessGroup) -> T
     return tokens
 
 
-def _draw_restricted(weights: Tensor, numbers: Tensor, samplings: list[Sampling], group: dist.ProcessGroup) -> Tensor:
+def _draw_restricted(weights: Tensor, numbers: Tensor, kind: _Kind, group: dist.ProcessGroup) -> Tensor:
     """Looks among the likeliest tokens of every rank: more of them, up to the whole vocabulary, until the cut lies inside."""
     device, local = weights.device, weights.shape[-1]
     vocabulary = local * group.size()
     total = gathered(weights.sum(dim=-1, dtype=torch.float64), group).sum(dim=0).unsqueeze(-1)
-    top_p = torch.tensor([[s.top_p] for s in samplings], dtype=torch.float64, device=device)
-    top_k = torch.tensor([[min(s.top_k or vocabulary, vocabulary)] for s in samplings], device=device)
+    top_p, top_k = kind.top_p, kind.top_k.masked_fill(kind.top_k == 0, vocabulary).clamp(max=vocabulary)
     count = min(CANDIDATES, local)
     while True:
         values, tokens, left_out = _candidates(weights, count, group)

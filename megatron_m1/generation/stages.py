@@ -13,10 +13,11 @@ from torch import Tensor
 from megatron_m1.generation.cache import HybridCache
 from megatron_m1.generation.decode import RecordRouting, decode_stage
 from megatron_m1.generation.requests import Running
-from megatron_m1.generation.sampling import sample, uniform
+from megatron_m1.generation.sampling import SamplingPlan, sample, uniform
 from megatron_m1.model.layer import M1Layer
 from megatron_m1.model.m1 import M1Model
 from megatron_m1.model.vocab_loss import logit_logprobs
+from megatron_m1.platform.transfer import upload
 
 __all__ = ["Stages", "inference"]
 
@@ -31,6 +32,7 @@ class Stages:
         self.config = models[0].config
         self.device = next(models[0].parameters()).device
         self.holds_head = models[-1].post_process
+        self._plan = SamplingPlan([], self.device)
 
     def run(
         self,
@@ -43,7 +45,7 @@ class Stages:
     ) -> Tensor | None:
         """This rank's logits [1, m, V / TP] where the head is (without a cache those of all tokens, [1, n, V]), else None.
 
-        tokens, position_ids: [1, n]; decode: the pass began with cache.start_decode.
+        tokens, position_ids: [1, n]; decode: it is a decoding pass of the cache.
         """
         output = None
         for model in self.models:
@@ -84,13 +86,16 @@ class Stages:
 
     def _choose(self, logits: Tensor, requests: list[Running], chosen: Tensor, row: int | None) -> None:
         tp = self.groups.tp
-        numbers = torch.tensor([uniform(r.request.seed, r.length) for r in requests], dtype=torch.float64)
+        numbers = upload([uniform(r.request.seed, r.length) for r in requests], self.device, dtype=torch.float64)
+        samplings = [r.request.sampling for r in requests]
+        if samplings != self._plan.samplings:
+            self._plan = SamplingPlan(samplings, self.device)
         finite = logits.isfinite().all(dim=-1).to(torch.int32)
         if tp.size() > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=tp)
         logits = logits.where(finite.bool().unsqueeze(-1), 0.0)
         mine = slice(None) if row is None else slice(row, row + 1)
-        tokens = sample(logits[mine], numbers.to(self.device), [r.request.sampling for r in requests], tp)
+        tokens = sample(logits[mine], numbers, self._plan, tp)
         if self.logprob_temperature != 1.0:
             logits = logits / self.logprob_temperature
         chosen[0] = torch.where(finite.bool()[mine], tokens, -1)

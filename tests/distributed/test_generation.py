@@ -9,16 +9,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tokenizers
 import torch
 
+from megatron_m1 import platform
 from megatron_m1.__main__ import main
 from megatron_m1.checkpoint.native import save_checkpoint
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.schema import MoEConfig, ParallelConfig, TrainingConfig
 from megatron_m1.engine.trainer import Trainer
+from megatron_m1.generation import device_decode
 from megatron_m1.generation.engine import Engine
 from megatron_m1.generation.reference import ReferenceEngine
 from megatron_m1.generation.requests import Request, Result, Sampling, request_seed
@@ -154,6 +157,54 @@ def test_results_do_not_depend_on_the_layout(ranks, alone, layout):
     requests = requests_of(PROMPTS, GREEDY) + requests_of(PROMPTS, DRAWN)
     for results in ranks(world, complete, parallel, requests, {"slots": 3}):
         assert_same(results, alone[GREEDY] + alone[DRAWN])
+
+
+class RepeatedCall:
+    """Stands in for a CUDA graph on CPU: nothing runs when it is made, everything when it is replayed."""
+
+    def __init__(self, call, pool):
+        self.replay = call
+
+
+def complete_on_device(rank: int, world: int, parallel: dict[str, int], requests: list[Request]) -> list[Result]:
+    """Decoding from the device's tables; on one rank through recorded passes too."""
+    config = config_of(parallel)
+    groups = init_groups(config.parallel, seed=1)
+    engine = Engine(build_model(config, groups), groups, slots=7, decode="device", record_routing=True)
+    if world > 1:
+        return engine.generate(requests)
+    engine.graphs = "always"
+    with patch.multiple(device_decode, GraphPool=object, DeviceGraph=RepeatedCall):
+        return engine.generate(requests)
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"tensor": 2, "expert": 2, "expert_tensor": 1})])
+def test_decoding_from_tables_of_the_device(ranks, alone, world, parallel):
+    """Sequences leave one by one, so that the passes of the single rank have 8, 4 and fewer rows, some of them padding."""
+    lengths = [16, 3, 9, 5, 12]
+    requests = [
+        Request(
+            tuple(PROMPTS[i % 5]), request_seed(SEED, i % 5), replace(DRAWN, max_new_tokens=lengths[i % 5] - i // 5)
+        )
+        for i in range(7)
+    ]
+    for results in ranks(world, complete_on_device, parallel, requests):
+        for i, result in enumerate(results):
+            want, length = alone[DRAWN][i % 5], lengths[i % 5] - i // 5
+            assert_same([result], [Result(want.tokens[:length], want.logprobs[:length], "length")])
+            assert result.routing.shape == (len(requests[i].prompt) + length - 1, 4, 2)
+
+
+def refuse(rank: int, world: int) -> str:
+    groups = init_groups(config_of({}).parallel, seed=1)
+    with pytest.raises(ValueError) as error:
+        Engine(build_model(config_of({}), groups), groups, slots=1, decode="graph")
+    return str(error.value)
+
+
+@pytest.mark.skipif(platform.is_cuda(), reason="there are graphs on CUDA")
+def test_graphs_that_were_asked_for_are_not_replaced_in_silence(ranks):
+    assert "needs CUDA" in ranks(1, refuse)[0]
 
 
 def test_a_draw_depends_on_seed_and_position_only(ranks, alone):

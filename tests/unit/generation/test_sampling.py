@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from megatron_m1.generation import sampling as module
 from megatron_m1.generation.requests import Sampling
-from megatron_m1.generation.sampling import sample, uniform
+from megatron_m1.generation.sampling import SamplingPlan, uniform
 
 LOGITS = torch.tensor([[0.3, 2.0, -1.0, 2.0, 1.1], [-4.0, 0.0, 0.5, 0.25, 0.1]])
 
@@ -23,6 +24,10 @@ class OneRank:
 
     def rank(self) -> int:
         return 0
+
+
+def sample(logits: Tensor, numbers: Tensor, rows: list[Sampling], group: Any) -> Tensor:
+    return module.sample(logits, numbers, SamplingPlan(rows, logits.device), group)
 
 
 def draw(logits: Tensor, numbers: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:

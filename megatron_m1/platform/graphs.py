@@ -1,0 +1,45 @@
+"""Work that the device repeats without the host queueing its kernels again."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["DeviceGraph", "GraphPool"]
+
+
+class GraphPool:
+    """Memory that graphs which never run at the same time share."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+
+class DeviceGraph:
+    """What `call` queues on the current CUDA device, recorded without running it.
+
+    `call` must not wait for the device, and whatever it needs set up once (compiled kernels, workspaces) must be set up already.
+    It reads its inputs from tensors that stay where they are; the tensors it returns are overwritten by every replay.
+    Raises RuntimeError where something in it cannot be recorded; nothing has then been run.
+    """
+
+    def __init__(self, call: Callable[[], torch.Tensor | None], pool: GraphPool) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        pool.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(pool.stream):
+            # thread_local: other threads (NCCL's watchdog) may go on using the device.
+            self._graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+            try:
+                self._result = call()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
+        torch.cuda.current_stream().wait_stream(pool.stream)
+
+    def replay(self) -> torch.Tensor | None:
+        """Queues the work; the tensor that `call` returned then holds the new result."""
+        self._graph.replay()
+        return self._result
