@@ -14,7 +14,10 @@ from megatron_m1.engine.cluster import (
 from megatron_m1.engine.flops import layer_parameters, training_flops_per_token
 from megatron_m1.engine.memory import estimate_memory, head_chunks, rank_tokens, stage_layers
 
-__all__ = ["StepTime", "stage_balance", "step_time"]
+__all__ = ["COMPUTE", "StepTime", "stage_balance", "stage_seconds", "step_time"]
+
+COMPUTE = ("gemm", "experts", "lightning", "softmax", "elementwise", "head")
+"""Terms of `stage_seconds` that are work of the GPU itself; the others are communication."""
 
 # Lightning attention in passes over one [tokens, heads, head_dim] tensor at copy speed: the floor over the share of it that was
 # measured (4 / 0.71 forward, 7 / 0.34 backward), and SiLU over q, k and v each way.
@@ -72,7 +75,22 @@ def step_time(config: Config, cluster: Cluster) -> StepTime:
 
     The rates stand in cluster.py; sums of such terms are not calibrated against whole steps.
     """
-    sizes = derived(config, cluster.gpus)
+    parallel, stages = config.parallel, stage_seconds(config, cluster)
+    totals = [sum(terms.values()) for terms in stages]
+    slowest, count = max(totals), derived(config, cluster.gpus).micro_batches
+    mean = {name: count * sum(terms[name] for terms in stages) / len(stages) for name in stages[0]}
+    return StepTime(
+        **mean,
+        imbalance=count * (slowest - sum(totals) / len(totals)),
+        pipeline=count * _neighbours(config, cluster),
+        bubble=(sum(totals) - slowest) / parallel.virtual_pipeline,
+        data=_data(config, cluster, slowest),
+        update=max(_update_bytes(config, cluster.gpus)) / cluster.bytes_per_s,
+    )
+
+
+def stage_seconds(config: Config, cluster: Cluster) -> list[dict[str, float]]:
+    """Seconds by term that a rank of every pipeline stage, first to last, takes for one micro-batch, recomputation included."""
     parallel, types = config.parallel, config.model.layer_types()
     layers = {kind: _layer(config, cluster, kind) for kind in set(types)}
     stages = []
@@ -84,17 +102,7 @@ def step_time(config: Config, cluster: Cluster) -> StepTime:
         if stage == parallel.pipeline - 1:
             terms["head"] = _head(config)
         stages.append(terms)
-    totals = [sum(terms.values()) for terms in stages]
-    slowest, count = max(totals), sizes.micro_batches
-    mean = {name: count * sum(terms[name] for terms in stages) / len(stages) for name in stages[0]}
-    return StepTime(
-        **mean,
-        imbalance=count * (slowest - sum(totals) / len(totals)),
-        pipeline=count * _neighbours(config, cluster),
-        bubble=(sum(totals) - slowest) / parallel.virtual_pipeline,
-        data=_data(config, cluster, slowest),
-        update=max(_update_bytes(config, cluster.gpus)) / cluster.bytes_per_s,
-    )
+    return stages
 
 
 def stage_balance(config: Config) -> float:

@@ -1,0 +1,179 @@
+"""Single ranks of jobs of many, on torch's fake process group: what they hold, what they would receive, that their steps are real."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks import any_rank, long_context
+from benchmarks.any_rank import bench_config, distinct_ranks, measure_rank
+from benchmarks.context_formulas import Shape, lightning_bytes
+from benchmarks.fake_ranks import RECEIVED_STD, balance_routing, fake_rank, fill_weights
+from benchmarks.long_context import Point, left_out, measure_point
+from benchmarks.long_context_plot import blocks
+from megatron_m1.config import ConfigError, load_config
+from megatron_m1.config.schema import ModelConfig, ParallelConfig
+from megatron_m1.engine.cluster import DEVICES
+from megatron_m1.engine.memory import estimate_memory
+from megatron_m1.engine.trainer import Trainer
+from megatron_m1.model.build import routers
+
+WORLD = 16
+TINY = (
+    *("--config", "examples/configs/tiny_cpu.yaml", "--model.num_hidden_layers", "4", "--model.hidden_size", "64"),
+    *("--model.attn_type_list", "[0,1,0,1]", "--model.vocab_size", "256", "--model.intermediate_size", "64"),
+    *("--parallel.tensor", "2", "--parallel.pipeline", "2", "--parallel.context", "2", "--parallel.expert", "2"),
+    *("--training.seq_length", "64", "--training.micro_batch", "1"),
+)
+MODEL = ModelConfig(
+    vocab_size=256, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=64,
+    num_local_experts=4, rotary_dim=8,
+)  # fmt: skip
+
+
+def tiny(*options: str, micro_batches: int = 2):
+    return bench_config(load_config([*TINY, *options]), WORLD, micro_batches)
+
+
+def test_distinct_ranks_of_the_presets():
+    def ranks(*options: str) -> list[int]:
+        return distinct_ranks(load_config(["--config", "examples/configs/m1_456b.yaml", *options]), 512)
+
+    # TP 8, PP 2, CP 4 and 32: the middle of the first context-parallel group of either stage.
+    assert ranks("--config", "examples/configs/m1_456b_32k_512gpu.yaml") == [16, 256 + 16]
+    assert ranks("--config", "examples/configs/m1_456b_1m_512gpu.yaml") == [128, 256 + 128]
+    # PP 8: first, those in the middle with one and with two softmax layers, last; PP 16: with one and with none.
+    assert ranks() == [0, 64, 192, 448]
+    assert ranks("--parallel.pipeline", "16") == [0, 32, 64, 480]
+
+
+@pytest.mark.parametrize(
+    ("rank", "options"),
+    [
+        (2, ()),
+        (10, ("--training.precision", "bf16", "--parallel.overlap_grad_reduce", "true",
+              "--parallel.overlap_param_gather", "true", "--training.recompute", "selective",
+              "--training.recompute_modules", "[core_attn,moe]")),
+        (15, ("--parallel.virtual_pipeline", "2", "--parallel.context_softmax", "ring",
+              "--parallel.context_lightning", "ring", "--training.recompute", "full")),
+    ],
+)  # fmt: skip
+def test_a_rank_holds_what_is_predicted_and_trains(rank, options):
+    config = tiny(*options)
+    cluster = replace(DEVICES["H800"], gpus=WORLD)
+    row = measure_rank(config, rank=rank, world_size=WORLD, rounds=1, time_limit_s=60.0, cluster=cluster)
+    assert not dist.is_initialized()
+    assert (row["tensor_rank"], row["context_rank"], row["stage"]) == (rank % 2, rank // 2 % 2, rank // 8)
+    assert row["layers"] == {2: [0, 1], 10: [2, 3], 15: [1, 3]}[rank]
+    measured, predicted = row["measured"], estimate_memory(config, WORLD)[row["stage"]]
+    for counted, expected in (
+        (measured["weight_bytes"], predicted.weights),
+        (measured["gradient_bytes"], predicted.gradients),
+        (measured["optimizer_bytes"], predicted.optimizer),
+    ):
+        assert counted == pytest.approx(expected, rel=0.01)  # buffers are padded
+    assert measured["micro_batch_s"] > 0 and 0 < measured["grad_norm"] < float("inf")
+    # The part of one of two context ranks of the loss of 2 x 64 tokens; each vocabulary rank sees its own logits alone.
+    assert (measured["loss"] is None) if rank < 8 else 0 < measured["loss"] < 10
+
+    # A message is a tensor rank's share of a context rank's tokens; the outer end of the pipeline has no neighbour.
+    share = 64 // 2 // 2 * 64 * (2 if "bf16" in options else 4)
+    received = {(r["group"], r["operation"]): r for r in row["modelled"]["forward_backward"]}
+    messages = received["pp", "receive"]
+    assert messages["received_bytes"] == 2 * (2 * config.parallel.virtual_pipeline - 1) * share
+    assert messages["seconds"] == pytest.approx(messages["received_bytes"] / (50e9 * 0.8))
+
+
+def test_routing_is_balanced_and_gradients_flow():
+    config = tiny("--training.recompute", "none")
+    with fake_rank(2, WORLD, config.parallel) as (groups, _):
+        trainer = Trainer(config, groups, initial_weights=False)
+        fill_weights(trainer.models)
+        balance_routing(trainer.models)
+        trainer.optimizer.reload_model_params()
+        trainer.forward_backward(any_rank.random_batches(config, WORLD, tensor_rank=0))
+        for router in routers(trainer.models):
+            # 2 micro-batches of 64 tokens over two context and two tensor ranks, 2 experts each.
+            assert router.tokens_per_expert.tolist() == [2 * 64 // 4 * 2 / 8] * 8
+        assert all(p.main_grad.abs().max() > 0 for m in trainer.models for p in m.parameters())
+
+
+def test_operations_leave_finite_data_and_are_counted():
+    parallel = ParallelConfig(tensor=2, context=2, expert=4, expert_tensor=1)
+    with fake_rank(5, 8, parallel) as (groups, received):
+        mine, everyone = torch.arange(4.0), torch.full((8,), torch.nan)
+        dist.all_gather_into_tensor(everyone, mine, group=groups.tp)
+        assert everyone.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+        share = torch.full((2,), torch.nan)
+        dist.reduce_scatter_tensor(share, mine, group=groups.tp)
+        assert share.tolist() == [2, 3]  # rank 5 is the second of its pair
+        rows = torch.full((6,), torch.nan)
+        dist.all_to_all_single(rows, mine, [0, 1, 5, 0], [1, 1, 1, 1], group=groups.ep)
+        assert rows.tolist() == [0, 1, 2, 3, 0, 1]
+        arriving = torch.full((1000,), torch.nan)
+        dist.irecv(arriving, group_src=0, group=groups.cp).wait()
+        assert 0.5 * RECEIVED_STD < arriving.std() < 2 * RECEIVED_STD
+        whole = torch.tensor([7.0, 8.0, 9.0, 6.0])
+        dist.all_gather_into_tensor(whole, whole[2:], group=groups.tp)
+        assert whole.tolist() == [7, 8, 9, 6]
+        counted = {(r.group, r.operation): (r.calls, r.received_bytes, r.stride) for r in received.take()}
+    assert counted == {
+        ("tp", "all_gather"): (2, 16 + 8, 1),
+        ("tp", "reduce_scatter"): (1, 8, 1),
+        ("ep", "all_to_all"): (1, 18, 1),
+        ("cp", "receive"): (1, 4000, 2),
+    }
+
+
+def test_layer_under_context_parallelism():
+    cluster = DEVICES["H800"]
+    point = Point("context_share", "lightning", "none", 1, 4, 512)
+    row = measure_point(point, MODEL, cluster=cluster, experts=4)
+    assert row["finite"] and row["local_tokens"] == 128 and row["forward_s"] > 0 and row["backward_s"] > 0
+    shape = Shape(world=4, tokens=512, heads=4, key_value_heads=2, head_dim=16)
+    states = next(r for r in row["communication"] if (r["group"], r["operation"]) == ("cp", "all_gather"))
+    assert states["received_bytes"] >= 2 * lightning_bytes(shape, rank=2, method="all_gather", left_out=0)
+    softmax = measure_point(replace(point, kind="softmax", recompute="selective"), MODEL, cluster=cluster, experts=4)
+    assert softmax["finite"] and softmax["estimated_s"]["softmax"] > 0 == softmax["estimated_s"]["lightning"]
+
+
+def test_points_that_are_left_out():
+    first = Point("slice", "softmax", "none", 1, 1, 1000)
+    rows = [{"point": vars(first), "forward_s": 1.0, "backward_s": 2.0}]
+    twice = replace(first, tokens=2000)
+    assert left_out(twice, rows, limit_s=13.0) is None
+    assert "expected up to 12 s" in left_out(twice, rows, limit_s=11.0)
+    assert left_out(replace(twice, kind="lightning"), rows, limit_s=1.0) is None
+    assert left_out(twice, rows, limit_s=-1.0)
+    rows = [{"point": vars(first), "error": "OutOfMemoryError: x"}]
+    assert left_out(twice, rows, limit_s=99.0) == "with 1000 tokens: OutOfMemoryError: x"
+    assert left_out(replace(first, tokens=500), rows, limit_s=99.0) is None
+
+
+def test_eight_layers_from_two():
+    def row(kind: str, tokens: int, seconds: float, kept: int, peak: int) -> dict:
+        point = {"part": "slice", "kind": kind, "recompute": "none", "tokens": tokens}
+        return {"point": point, "forward_s": seconds, "backward_s": 2 * seconds, "kept_bytes": kept, "peak_bytes": peak}
+
+    rows = [row("lightning", 8, 1.0, 10, 15), row("softmax", 8, 2.0, 20, 28), row("lightning", 16, 2.0, 20, 30)]
+    assert blocks(rows, "slice", "hybrid", "none") == [(8, 7 * 3.0 + 6.0, 7 * 10 + 20 + 8)]
+    assert blocks(rows, "slice", "all softmax", "none") == [(8, 8 * 6.0, 8 * 20 + 8)]
+
+
+def test_resume_keeps_what_is_there(tmp_path):
+    output = tmp_path / "points.json"
+    point = Point("slice", "softmax", "none", 1, 1, 64)
+    kept = {"point": vars(point), "forward_s": 1.0, "backward_s": 1.0, "finite": True}
+    output.write_text(json.dumps({"points": [kept]}))
+    arguments = ["--parts", "slice", "--tokens", "64", "--kinds", "softmax", "--recompute", "none", "--resume"]
+    assert long_context.main([*arguments, "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["points"] == [kept]
+
+
+def test_bad_layouts_are_refused():
+    with pytest.raises(ConfigError, match="world_size=15"):
+        bench_config(load_config(list(TINY)), 15, 2)
+    with pytest.raises(ConfigError, match="--micro-batches=3 must be a multiple"):
+        tiny("--parallel.virtual_pipeline", "2", micro_batches=3)
