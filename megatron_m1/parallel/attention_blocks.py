@@ -9,11 +9,11 @@ import torch
 from m1_kernels import merge_attention, softmax_attention_backward, softmax_attention_forward
 from torch import Tensor
 
+from megatron_m1.parallel.rows import Rows
 from megatron_m1.parallel.sequence_layout import Piece, SequenceLayout
 
 __all__ = ["AttentionPlan", "Block", "attend", "attend_backward", "attend_locally", "attend_locally_backward"]
 
-type Rows = slice | Tensor
 type Pack = dict[str, Tensor | int]
 type Spans = dict[int, tuple[int, int]]
 """Rows [start, end) by document."""

@@ -1,26 +1,28 @@
 """Lightning attention over a sequence that lies on several ranks."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from m1_kernels import lightning_attention
+from m1_kernels import lightning_attention, lightning_attention_read, lightning_attention_state
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.parallel.lightning_exchange import ExchangeStats, StateExchange, exchange_method
-from megatron_m1.parallel.sequence_layout import Piece, SequenceLayout
+from megatron_m1.parallel.rows import Rows, rows_of
+from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.parallel.state_chain import state_chains
 
-__all__ = ["LightningContext", "final_states"]
+__all__ = ["LightningContext"]
 
-BLOCK_TOKENS = 4096
-"""Tokens whose keys and values are held in the dtype of the states at a time."""
 SPARE_STATES = 16
 """The kernel takes an entry state for every piece or for none. With more pieces than this that start from zero their states would cost
 more memory (H * D * D * 4 bytes each) than adding the few others' share to the output takes time."""
+MOST_SPANS = 2
+"""Spans of chosen pieces, each with launches of its own; where there would be more, all pieces make one, with states for all."""
 
 
 @dataclass
@@ -47,8 +49,8 @@ class LightningContext:
         if chains.empty:
             return lambda: _local(q, k, v, slopes, layout, None)
         pieces = layout.local_pieces
-        leaving, entering = ([pieces[i] for i in places] for places in (chains.leaving, chains.entering))
-        states = final_states(k, v, slopes, leaving)
+        leaving, entering = (_spans(layout, chosen, q.device) for chosen in (chains.leaving, chains.entering))
+        k, v, states = _FinalStates.apply(k, v, slopes, leaving, len(chains.leaving))
         state_bytes = math.prod(states.shape[1:]) * states.itemsize
         method = exchange_method(self.method, chains=chains, world=layout.world, state_bytes=state_bytes)
         exchange = StateExchange(
@@ -61,7 +63,7 @@ class LightningContext:
             stats=self.stats,
         )
         token = exchange.start(states)
-        if method == "ring" or len(pieces) > SPARE_STATES + len(entering):
+        if method == "ring" or len(pieces) > SPARE_STATES + len(chains.entering):
             out = _local(q, k, v, slopes, layout, None)
             return lambda: _AddEntered.apply(out, q, exchange.finish(token), slopes, entering)
 
@@ -85,91 +87,107 @@ def _local(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, layout: SequenceLayo
     return lightning_attention(q, k, v, slopes, initial_state=initial).reshape(rows, tokens, *q.shape[2:])
 
 
-def final_states(k: Tensor, v: Tensor, slopes: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """[P, H, D, D] sum_j e^{-s (n-1-j)} k_j^T v_j over the n tokens of each piece of k, v [B, T, H, D]; fp32, or fp64 for fp64 inputs."""
-    return _FinalStates.apply(k, v, slopes, pieces)
+@dataclass(frozen=True)
+class _Span:
+    """Adjacent pieces that one launch takes, and which of their states are meant."""
+
+    tokens: slice
+    """Of the local rows."""
+    cu_seqlens: Tensor | None
+    """int32, borders of the pieces in the span; None: a piece in every row."""
+    count: int
+    """Pieces."""
+    chosen: Rows
+    """Those of the pieces that are meant; `rows`: where their states lie among those of all spans."""
+    rows: Rows
+
+    def states(self, k: Tensor, v: Tensor, slopes: Tensor, *, reverse: bool = False) -> Tensor:
+        """[chosen, H, D, D]; see `lightning_attention_state`."""
+        k, v = k[:, self.tokens], v[:, self.tokens]
+        return lightning_attention_state(k, v, slopes, cu_seqlens=self.cu_seqlens, reverse=reverse)[self.chosen]
+
+    def read(self, x: Tensor, states: Tensor, slopes: Tensor, *, out: Tensor, **options: bool) -> None:
+        """Add to `out` what the tokens of x read from states [all spans, H, D, D]; see `lightning_attention_read`."""
+        entered = states[self.rows]
+        if len(entered) < self.count:
+            entered = states.new_zeros(self.count, *states.shape[1:])
+            entered[self.chosen] = states[self.rows]
+        x, out = x[:, self.tokens], out[:, self.tokens]
+        lightning_attention_read(x, entered, slopes, out=out, cu_seqlens=self.cu_seqlens, **options)
+
+
+def _spans(layout: SequenceLayout, chosen: Sequence[int], device: torch.device) -> list[_Span]:
+    """Spans that cover the chosen ones of layout.local_pieces; made once per layout."""
+    return layout.memo(("spans", tuple(chosen), device), lambda: _make_spans(layout, chosen, device))
+
+
+def _make_spans(layout: SequenceLayout, chosen: Sequence[int], device: torch.device) -> list[_Span]:
+    if not layout.packed:
+        half = layout.local_tokens // 2
+        places = [piece for piece in chosen if piece < 2]  # pieces lie row by row, two in each
+        return [
+            _Span(slice(p * half, (p + 1) * half), None, layout.rows, slice(None), slice(i, None, len(places)))
+            for i, p in enumerate(places)
+        ]
+    pieces = layout.local_pieces
+    numbered = enumerate(chosen)
+    runs = [list(run) for _, run in itertools.groupby(numbered, key=lambda pair: pair[1] - pair[0])]
+    if len(runs) > MOST_SPANS:
+        whole = slice(0, layout.local_tokens)
+        return [_Span(whole, layout.cu_seqlens(device), len(pieces), rows_of(chosen, device), slice(0, len(chosen)))]
+    spans = []
+    for run in runs:
+        of_run = [pieces[piece] for _, piece in run]
+        edges = [0, *itertools.accumulate(piece.length for piece in of_run)]
+        tokens = slice(of_run[0].local_start, of_run[0].local_start + edges[-1])
+        cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device) if len(run) > 1 else None
+        spans.append(_Span(tokens, cu_seqlens, len(run), slice(None), slice(run[0][0], run[-1][0] + 1)))
+    return spans
 
 
 class _FinalStates(torch.autograd.Function):
+    """(k, v, [count, H, D, D] final states of pieces from zero entry). k and v go through, so that the states' gradients are added to
+    theirs in place: nothing but one attention operator, whose gradients are new tensors, may read what is returned."""
+
     @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, slopes: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    def forward(ctx, k: Tensor, v: Tensor, slopes: Tensor, spans: list[_Span], count: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(k, v, slopes)
-        ctx.pieces = pieces
+        ctx.spans = spans
         heads, dim = k.shape[2:]
-        states = torch.zeros(len(pieces), heads, dim, dim, dtype=_state_dtype(k), device=k.device)
-        for state, piece in zip(states, pieces, strict=True):
-            for block, weights in _from_the_end(piece, slopes, states.dtype):
-                keys = _tokens(k, piece, block).to(states.dtype) * weights
-                state += torch.einsum("nhd,nhe->hde", keys, _tokens(v, piece, block).to(states.dtype))
-        return states
+        dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+        states = torch.empty(count, heads, dim, dim, dtype=dtype, device=k.device)
+        for span in spans:
+            states[span.rows] = span.states(k, v, slopes)
+        return k.view_as(k), v.view_as(v), states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, dk: Tensor, dv: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
         k, v, slopes = ctx.saved_tensors
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        for grad, piece in zip(gradient, ctx.pieces, strict=True):
-            for block, weights in _from_the_end(piece, slopes, gradient.dtype):
-                keys, values = (_tokens(x, piece, block).to(gradient.dtype) * weights for x in (k, v))
-                _tokens(dk, piece, block).copy_(torch.einsum("nhe,hde->nhd", values, grad))
-                _tokens(dv, piece, block).copy_(torch.einsum("nhd,hde->nhe", keys, grad))
-        return dk, dv, None, None
+        for span in ctx.spans:
+            span.read(v, gradient, slopes, out=dk, reverse=True, transposed=True)
+            span.read(k, gradient, slopes, out=dv, reverse=True)
+        return dk, dv, None, None, None
 
 
 class _AddEntered(torch.autograd.Function):
     """out, to which e^{-s (i+1)} q_i S is added (in place) at token i of each piece that starts from a state S."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, q: Tensor, entry: Tensor, slopes: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    def forward(ctx, out: Tensor, q: Tensor, entry: Tensor, slopes: Tensor, spans: list[_Span]) -> Tensor:
         ctx.save_for_backward(q, entry, slopes)
-        ctx.pieces = pieces
-        for state, piece in zip(entry, pieces, strict=True):
-            for block, weights in _from_the_start(piece, slopes, entry.dtype):
-                queries = _tokens(q, piece, block).to(entry.dtype) * weights
-                _tokens(out, piece, block).add_(torch.einsum("nhd,hde->nhe", queries, state))
+        ctx.spans = spans
+        for span in spans:
+            span.read(q, entry, slopes, out=out)
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
         q, entry, slopes = ctx.saved_tensors
-        dq, dentry = torch.zeros_like(q), torch.zeros_like(entry)
-        for state, dstate, piece in zip(entry, dentry, ctx.pieces, strict=True):
-            for block, weights in _from_the_start(piece, slopes, entry.dtype):
-                weighted = _tokens(gradient, piece, block).to(entry.dtype) * weights
-                _tokens(dq, piece, block).copy_(torch.einsum("nhe,hde->nhd", weighted, state))
-                dstate += torch.einsum("nhd,nhe->hde", _tokens(q, piece, block).to(entry.dtype), weighted)
-        return gradient, dq, dentry, None, None
-
-
-def _from_the_end(piece: Piece, slopes: Tensor, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
-    """(tokens of the piece, e^{-s (n-1-j)} [tokens, H, 1]) in blocks."""
-    return [
-        (block, _decays(slopes, piece.length - 1 - block.start, piece.length - 1 - block.stop, -1, dtype))
-        for block in _blocks(piece)
-    ]
-
-
-def _from_the_start(piece: Piece, slopes: Tensor, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
-    """(tokens of the piece, e^{-s (i+1)} [tokens, H, 1]) in blocks."""
-    return [(block, _decays(slopes, block.start + 1, block.stop + 1, 1, dtype)) for block in _blocks(piece)]
-
-
-def _blocks(piece: Piece) -> list[slice]:
-    starts = range(0, piece.length, BLOCK_TOKENS)
-    return [slice(first, min(first + BLOCK_TOKENS, piece.length)) for first in starts]
-
-
-def _decays(slopes: Tensor, first: int, end: int, step: int, dtype: torch.dtype) -> Tensor:
-    distance = torch.arange(first, end, step, device=slopes.device, dtype=torch.float64)
-    return (distance[:, None] * -slopes.double()).exp().to(dtype).unsqueeze(-1)
-
-
-def _tokens(x: Tensor, piece: Piece, block: slice) -> Tensor:
-    """View [n, H, D] of those tokens of the piece in x [B, T, H, D]."""
-    return x[piece.row, piece.local_start + block.start : piece.local_start + block.stop]
-
-
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+        dq, dentry = torch.zeros_like(q), torch.empty_like(entry)
+        for span in ctx.spans:
+            span.read(do, entry, slopes, out=dq, transposed=True)
+            dentry[span.rows] = span.states(q, do, slopes, reverse=True)
+        return do, dq, dentry, None, None

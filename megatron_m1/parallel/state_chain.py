@@ -1,18 +1,15 @@
 """The way of lightning states along the chunks of a sequence: who hands which state to whom."""
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_m1.parallel.rows import Rows, rows_of
 from megatron_m1.parallel.sequence_layout import Piece, SequenceLayout
 
 __all__ = ["Border", "Chain", "StateChains", "state_chains"]
-
-type Rows = slice | Tensor
-"""Rows of a tensor: a slice where they are evenly spaced, so that taking them is a view."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +110,10 @@ def _build(layout: SequenceLayout, device: torch.device) -> StateChains:
             source=owner[source],
             target=owner[target],
             count=len(documents),
-            source_rows=_rows(leave if forward else enter, device),
-            target_rows=_rows(enter if forward else leave, device),
-            onward=_rows(onward, device),
-            previous=_rows(previous, device),
+            source_rows=rows_of(leave if forward else enter, device),
+            target_rows=rows_of(enter if forward else leave, device),
+            onward=rows_of(onward, device),
+            previous=rows_of(previous, device),
             lengths=lengths,
         )
 
@@ -136,10 +133,3 @@ def _chain(borders: list[Border], device: torch.device) -> Chain:
     lengths = [length for border in borders for length in border.lengths]
     spans = [slice(first, end) for first, end in zip([0, *ends], ends)]
     return Chain(borders, torch.tensor(lengths, dtype=torch.float64, device=device), spans)
-
-
-def _rows(values: Sequence[int], device: torch.device) -> Rows:
-    step = values[1] - values[0] if len(values) > 1 else 1
-    if step > 0 and all(b - a == step for a, b in itertools.pairwise(values)):
-        return slice(values[0], values[-1] + 1, step) if values else slice(0, 0)
-    return torch.tensor(values, dtype=torch.int64, device=device)
