@@ -40,7 +40,8 @@ class MicroBatch:
     ) -> "MicroBatch":
         """This rank's part of the data floor's dict, which is the same on all context-parallel ranks.
 
-        batch: tensors [b, T], optionally cu_seqlens int32 [S+1] over the b*T tokens, padding_mask, per_token (a dict of tensors).
+        batch: tensors [b, T], optionally cu_seqlens int32 [S+1] over the b*T tokens, padding_mask, per_token (a dict of tensors),
+        routing [b, T, layers, top_k] (see SequenceParams).
         Under context parallelism a pack is cut as a whole (`SequenceLayout.pack`), rows of a dense batch one by one; b*T, or T, must
         be a multiple of 2 * context_size.
         """
@@ -50,6 +51,8 @@ class MicroBatch:
         shape = cls.shape(batch)
         per_token = batch.get("per_token", {})
         tensors = {key: value.reshape(shape) for key, value in ({k: batch[k] for k in keys} | per_token).items()}
+        if batch.get("routing") is not None:
+            tensors["routing"] = batch["routing"].reshape(*shape, *batch["routing"].shape[2:])
         if context_size > 1:
             layout = _layout(batch, shape, context_rank, context_size)
             params: SequenceParams | None = SequenceParams(qkv_format="thd" if layout.packed else "sbhd", layout=layout)
@@ -57,6 +60,9 @@ class MicroBatch:
         else:
             params = _whole_pack(batch, device)
         tensors = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
+        if "routing" in tensors:
+            params = params or SequenceParams(qkv_format="sbhd")
+            params.routing = tensors["routing"]
         return cls(
             **{key: tensors[key] for key in keys},
             packed=params,

@@ -4,7 +4,6 @@ import copy
 from functools import partial
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
@@ -23,6 +22,7 @@ from megatron_m1.model.norm import RMSNorm
 from megatron_m1.model.router import M1Router
 from megatron_m1.model.softmax import SoftmaxAttention
 from megatron_m1.model.transformer_config import M1TransformerConfig
+from megatron_m1.parallel import SequenceParams
 
 __all__ = ["M1Layer", "layer_spec"]
 
@@ -75,7 +75,7 @@ class M1Layer(TransformerLayer):
         rotary_pos_cos_sin: Tensor | None = None,
         attention_bias: Tensor | None = None,
         inference_context: AttentionCache | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: SequenceParams | None = None,
         sequence_len_offset: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
@@ -90,11 +90,19 @@ class M1Layer(TransformerLayer):
         hidden_states = _weighted_sum(residual, out, self.attention_alpha, self.attention_beta)
 
         y = self.pre_mlp_layernorm(hidden_states)
-        out = self._experts(y, padding_mask)
+        with self.mlp.router.replaying(self._recorded(packed_seq_params)):
+            out = self._experts(y, padding_mask)
         if self.shared_mlp is not None:
             out = self.shared_mlp(y, out)
         residual = y if self.postnorm else hidden_states
         return _weighted_sum(residual, out, self.mlp_alpha, self.mlp_beta), None
+
+    def _recorded(self, packed: SequenceParams | None) -> Tensor | None:
+        """Experts [s, b, top_k] recorded for the tokens that this rank's router sees, a shard of them under tensor parallelism."""
+        if packed is None or packed.routing is None:
+            return None
+        recorded = packed.routing[:, :, self.layer_number - 1].transpose(0, 1)
+        return recorded.chunk(self.tp_group.size())[self.tp_group.rank()]
 
     def _experts(self, y: Tensor, padding_mask: Tensor | None) -> Tensor:
         """padding_mask: [b, s], s as in y: local under sequence parallelism."""

@@ -1,5 +1,8 @@
 """Top-k router: fp32 softmax over the chosen experts, balance statistics that do not depend on the layout."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -44,8 +47,10 @@ def load_balancing_loss(probabilities: Tensor, counts: Tensor, tokens: Tensor, *
 class M1Router(TopKRouter):
     """logits = gate(y) in fp32; the top-k renormalised to sum 1 (softmax over the chosen logits).
 
-    Core's TopKRouter with its gate, top-k, token drop and replay; the balance and z losses are ours, because core's scale
-    with a local token count (wrong under uneven padding) and keep running averages over micro-batches.
+    Core's TopKRouter with its gate, top-k and token drop; the balance and z losses are ours, because core's scale
+    with a local token count (wrong under uneven padding) and keep running averages over micro-batches. So is the replay of recorded
+    choices: core's (moe/router_replay.py, 0.19.2) keeps every router of the process in one global list and the choices of the
+    micro-batches under way in a queue per router, which a forward pass without a backward one leaves full.
     The losses are means over the micro-batches of a step: `loss_scale` is 1 / (micro-batches running one after the other,
     over all data-parallel ranks for `micro_batch` statistics).
     """
@@ -68,6 +73,19 @@ class M1Router(TopKRouter):
         self.aux_loss_sum = torch.zeros(())
         self.z_loss_sum = torch.zeros(())
         self.loss_scale = 1.0
+        self.replay_counts = torch.zeros(2, dtype=torch.float64)
+        """Tokens with replayed experts, and those of them for which the gate would now choose others."""
+        self._recorded: Tensor | None = None
+
+    @contextlib.contextmanager
+    def replaying(self, experts: Tensor | None) -> Iterator[None]:
+        """Tokens go to `experts` [s, b, top_k] (-1: to those of the gate's choice) while the context is open; their weights are still
+        the gate's, so that it learns. None: all as the gate chooses."""
+        self._recorded = experts
+        try:
+            yield
+        finally:
+            self._recorded = None
 
     def reset_statistics(self, *, micro_batches: int) -> None:
         """Start a step of `micro_batches` per data-parallel rank: zero the counts, set the scale of the losses."""
@@ -86,7 +104,11 @@ class M1Router(TopKRouter):
         logits = logits.view(-1, self.num_experts)
         valid = None if padding_mask is None else ~padding_mask.reshape(-1, 1)
         probs, routing_map = topk_routing_with_score_function(
-            logits, self.topk, use_pre_softmax=False, score_function="softmax", router_replay=self.router_replay
+            logits,
+            self.topk,
+            use_pre_softmax=False,
+            score_function="softmax",
+            precomputed_indices=None if self._recorded is None else self._replayed(logits, self._recorded),
         )
         if self.training and torch.is_grad_enabled():
             probs = self._with_losses(probs, logits, routing_map, valid)
@@ -95,6 +117,16 @@ class M1Router(TopKRouter):
                 probs, routing_map, router_topk=self.topk, capacity_factor=self.config.moe_expert_capacity_factor
             )
         return probs, routing_map
+
+    @torch.no_grad()
+    def _replayed(self, logits: Tensor, recorded: Tensor) -> Tensor:
+        """Experts [n, top_k]: the recorded ones where there are any."""
+        recorded = recorded.reshape(-1, self.topk).long()
+        chosen = logits.topk(self.topk, dim=-1).indices
+        known = recorded[:, 0] >= 0
+        differs = known & (recorded.sort(dim=-1).values != chosen.sort(dim=-1).values).any(dim=-1)
+        self.replay_counts = self.replay_counts.to(logits.device) + torch.stack([known.sum(), differs.sum()])
+        return torch.where(known.unsqueeze(-1), recorded, chosen)
 
     def _with_losses(self, probs: Tensor, logits: Tensor, routing_map: Tensor, valid: Tensor | None) -> Tensor:
         moe = self.moe
