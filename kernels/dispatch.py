@@ -95,8 +95,8 @@ def lightning_attention(
     initial_state, from gradients of o and of final_state. Tensors are local; nothing communicates.
     What a document's neighbours hold, NaN included, cannot change one bit of its results, and repeated runs are bitwise
     equal. Under a named strategy a packed document equals the same one alone, and a prefill resumed at a multiple of
-    `triton_attention.CHUNK` the whole one, bit for bit; else to tolerance (2e-6 relative RMS per head in float32): another batch
-    of products may be summed in another order.
+    `triton_attention.CHUNK` ("segmented": of `SEGMENT`) the whole one, bit for bit; else to tolerance (2e-6 relative RMS per
+    head in float32): another batch of products may be summed in another order.
     The Triton kernels never synchronise with the host, so they cannot refuse cu_seqlens that fall or run past T.
     Raises ValueError, with the remedy, for shapes or dtypes that break the above and for an impossible implementation.
     Source: MiniMax-01 report (arXiv 2501.08313), Lightning Attention-2 (arXiv 2401.04658).
@@ -203,6 +203,11 @@ def _check(q, k, v, slopes, initial_state, cu_seqlens) -> None:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must share one shape [B, T, H, D]; "
             "lightning attention has as many key and value heads as query heads"
+        )
+    apart = {x.device for x in (q, k, v, *(() if initial_state is None else (initial_state,)))}
+    if len(apart) > 1:
+        raise ValueError(
+            f"q, k, v and initial_state are on {', '.join(sorted(map(str, apart)))}; move them to one device"
         )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(

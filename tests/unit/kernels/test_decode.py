@@ -58,9 +58,9 @@ def test_one_step_matches_fp64(step: Step, dtype: torch.dtype, bound: float, dim
     assert torch.equal(again, state)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 3e-3)])
-def test_decode_continues_prefill(dtype: torch.dtype, bound: float) -> None:
-    case = Case(tokens=200, batch=2, heads=3, dtype=dtype)
+@pytest.mark.parametrize("dtype, tokens, bound", [(torch.float32, 4200, 5e-6), (torch.bfloat16, 200, 3e-3)])
+def test_decode_continues_prefill(dtype: torch.dtype, tokens: int, bound: float) -> None:
+    case = Case(tokens=tokens, batch=2, heads=3, dtype=dtype)
     q, k, v = make_inputs(case).qkv.split(case.dim, dim=-1)
     decay = slopes(3, 6, 8)
     expected, final = lightning_attention(q, k, v, decay, return_final_state=True)
@@ -69,7 +69,7 @@ def test_decode_continues_prefill(dtype: torch.dtype, bound: float) -> None:
     steps = [lightning_attention_step(q[:, t], k[:, t], v[:, t], state, decay) for t in range(prefix, case.tokens)]
     assert steps[0].dtype == dtype
     assert head_errors(torch.stack(steps, dim=1), expected[:, prefix:].double(), 2).max() <= bound
-    assert head_errors(state, final.double(), 1).max() <= 2e-6
+    assert head_errors(state, final.double(), 1).max() <= 5e-6
 
 
 @pytest.mark.parametrize("implementation, tokens, bound", [("torch", 4000, 1e-6), ("triton", 30, 1e-7)])

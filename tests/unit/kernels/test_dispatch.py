@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from m1_kernels import choice, dispatch, lightning_attention, slopes
+from m1_kernels import choice, dispatch, lightning_attention, lightning_attention_packed, slopes
 
 
 @pytest.fixture
@@ -42,6 +42,44 @@ def test_an_implementation_that_cannot_run_says_why(qkv: list[torch.Tensor], mon
         lightning_attention(*qkv, slopes(2, 0, 8))
 
 
+def test_requests_that_triton_cannot_meet_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(dim: int, dtype: torch.dtype = torch.float32, **options: str) -> None:
+        lightning_attention(*torch.zeros(3, 1, 2, 1, dim, dtype=dtype), slopes(1, 0, 8), **options)
+
+    for dim in (24, 272):
+        with pytest.raises(
+            ValueError, match=rf"'triton' cannot run: its kernels take head_dim 16, 32, ... 256, not {dim}"
+        ):
+            ask(dim, implementation="triton")
+    with pytest.raises(ValueError, match="accumulate in float32; use bf16, fp16 or fp32"):
+        ask(16, torch.float64, implementation="triton")
+    with pytest.raises(ValueError, match="strategy='fast' must be one of auto, fused, segmented"):
+        ask(16, strategy="fast")
+    for implementation in ("auto", "torch", "reference"):
+        with pytest.raises(ValueError, match="strategy='fused' is one of the Triton kernels, which do not run here"):
+            ask(16, strategy="fused", implementation=implementation)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        ValueError, match=r"run on cuda, or on cpu in Triton's interpreter \(TRITON_INTERPRET=1\), not on cpu"
+    ):
+        ask(16, implementation="triton")
+
+
+def test_wrong_packed_projections_are_refused_with_a_remedy() -> None:
+    qkv, decay = torch.zeros(1, 5, 2, 12), slopes(2, 0, 8)
+    refused = [
+        ((qkv[0], decay), {}, r"must be \[B, T, H, 3D\]"),
+        ((qkv[..., :11], decay), {}, r"must be \[B, T, H, 3D\]"),
+        ((qkv, decay), {"activation": "gelu"}, "must be 'silu' or None"),
+        ((qkv, decay), {"implementation": "reference"}, "use one of auto, triton, torch"),
+        ((qkv, decay), {"strategy": "segmented"}, "leave it at 'auto'"),
+        ((qkv.long(), decay), {}, "must share one dtype"),
+    ]
+    for arguments, options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            lightning_attention_packed(*arguments, **options)
+
+
 def test_wrong_inputs_are_refused_with_a_remedy(qkv: list[torch.Tensor]) -> None:
     q, k, v = qkv
     decay = slopes(2, 0, 8)
@@ -51,6 +89,9 @@ def test_wrong_inputs_are_refused_with_a_remedy(qkv: list[torch.Tensor]) -> None
     refused = [
         ((q, k[:, :3], v, decay), {}, "must share one shape"),
         ((q, k.half(), v, decay), {}, "must share one dtype"),
+        ((q, k.to("meta"), v, decay), {}, "are on cpu, meta; move them to one device"),
+        ((q, k, v, decay), {"initial_state": state.to("meta")}, "are on cpu, meta"),
+        ((*(x.to("meta") for x in qkv), decay), {}, "found none for torch.float32 on meta"),
         ((q, k, v, decay.bfloat16()), {}, "must be float32"),
         ((q, k, v, decay[:1]), {}, r"must be float32 \[2\]"),
         ((q, k, v, decay), {"initial_state": state.bfloat16()}, "never below float32"),

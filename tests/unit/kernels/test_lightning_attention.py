@@ -19,6 +19,10 @@ def test_dense_lengths(tokens: int, with_states: bool) -> None:
     assert_matches_oracle(lightning_attention, case, FLOAT32_BOUND)
 
 
+def test_four_thousand_tokens_in_segments() -> None:
+    assert_matches_oracle(lightning_attention, Case(tokens=4097, heads=1, dim=8, layer=78, layers=80), FLOAT32_BOUND)
+
+
 @pytest.mark.parametrize("with_states", [False, True])
 @pytest.mark.parametrize(
     "documents", [RAGGED, (C, C, C), (1,) * 9, (0, 0, 40), (3 * C + 1, 2), (0, 0)], ids=lambda d: "-".join(map(str, d))
