@@ -9,8 +9,9 @@ case "$STAGE" in
     context_128k) previous=runs/m1_456b_context_32k/checkpoints ;;
     context_512k) previous=runs/m1_456b_context_128k/checkpoints ;;
     context_1m) previous=runs/m1_456b_context_512k/checkpoints ;;
+    rl) previous=checkpoints/minimax_m1_sft ;; # a supervised start, written by tools/convert_checkpoint.py import
     *)
-        echo "STAGE=$STAGE must be pretrain, continual, context_32k, context_128k, context_512k or context_1m." >&2
+        echo "STAGE=$STAGE must be pretrain, continual, context_32k, context_128k, context_512k, context_1m or rl." >&2
         exit 2
         ;;
 esac

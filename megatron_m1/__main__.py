@@ -2,7 +2,7 @@
 
 commands:
   pretrain --config FILE [--key value ...]   train; with --dry-run [--world-size N] only say what would be done
-  rl --config FILE [--key value ...]         reinforcement learning from a checkpoint
+  rl --config FILE [--key value ...]         reinforcement learning from a checkpoint; --dry-run as for pretrain
   generate --checkpoint DIR --prompts FILE.jsonl --output FILE.jsonl [options]
   equality [--ranks N]                       table of every parallel layout against one rank
   doctor                                     what is installed, which backends are used, and why
@@ -63,6 +63,10 @@ def _dispatch(command: str, options: list[str]) -> int:
         from megatron_m1.pretrain import main as pretrain
 
         pretrain(options)
+    elif command == "rl" and "--dry-run" in options:
+        from megatron_m1.rl.dry_run import main as rl_dry_run
+
+        rl_dry_run([option for option in options if option != "--dry-run"])
     elif command == "rl":
         from megatron_m1.rl.loop import main as rl
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What every 456B job does once Slurm has started it; pretrain_456b.sbatch, continual_456b.sbatch and context_456b.sbatch set
-# STAGE and say how they are used. It runs in the checkout, on the first node of the job.
+# What every 456B job does once Slurm has started it; pretrain_456b.sbatch, continual_456b.sbatch, context_456b.sbatch and
+# rl_456b.sbatch set STAGE and say how they are used. It runs in the checkout, on the first node of the job.
 set -euo pipefail
-STAGE="${STAGE:?start pretrain_456b.sbatch, continual_456b.sbatch or context_456b.sbatch}"
+STAGE="${STAGE:?start pretrain_456b.sbatch, continual_456b.sbatch, context_456b.sbatch or rl_456b.sbatch}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
 NODES="${SLURM_JOB_NUM_NODES:-${NODES:-32}}"
 WORLD_SIZE=$((NODES * GPUS_PER_NODE))
@@ -10,21 +10,22 @@ RUN="${RUN:-runs/m1_456b_${STAGE}}"
 PYTHON="${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}"
 
 source examples/stages_456b.sh
-DATA_ARGS=(
-    --data.train "[${DATA:-data/train}]"
-    --data.valid "[${VALID:-data/valid}]"
-    --data.tokenizer "${TOKENIZER:-data/tokenizer}"
-)
+DATA_ARGS=(--data.tokenizer "${TOKENIZER:-data/tokenizer}")
 OUTPUT_ARGS=(
     --checkpoint.save "$RUN/checkpoints"
     --logging.dir "$RUN/logs"
 )
+if [[ "$STAGE" == rl ]]; then
+    OUTPUT_ARGS+=(--rl.journal "$RUN/journal")
+else
+    DATA_ARGS+=(--data.train "[${DATA:-data/train}]" --data.valid "[${VALID:-data/valid}]")
+fi
 if [[ -e "$RUN/checkpoints/latest" ]]; then
     OUTPUT_ARGS+=(--checkpoint.load "$RUN/checkpoints")
 elif [[ -n "$LOAD" ]]; then
     OUTPUT_ARGS+=(--checkpoint.load "$LOAD" --checkpoint.weights_only true)
 fi
-COMMAND=("$PYTHON" -m megatron_m1 pretrain "${CONFIG_ARGS[@]}" "${DATA_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@")
+COMMAND=("$PYTHON" -m megatron_m1 "$([[ "$STAGE" == rl ]] && echo rl || echo pretrain)" "${CONFIG_ARGS[@]}" "${DATA_ARGS[@]}" "${OUTPUT_ARGS[@]}" "$@")
 LAUNCH_ARGS=(
     --nodes "$NODES"
     --ntasks-per-node "$GPUS_PER_NODE"
@@ -49,10 +50,16 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 srun "${LAUNCH_ARGS[@]}" bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' rank "${COMMAND[@]}" &
 step=$!
 time_is_up=0
+requeue=""
 # shellcheck disable=SC2329 # called by the trap
 stop_and_requeue() {
     time_is_up=1
     kill -TERM "$step" # srun forwards it to every task
+    if [[ "$STAGE" == rl ]]; then
+        # A generation batch may outlast the job; its finished samples are on disk, so nothing is lost with the rest.
+        (sleep "${REQUEUE_AFTER_S:-1500}" && scontrol requeue "$SLURM_JOB_ID") &
+        requeue=$!
+    fi
 }
 trap stop_and_requeue USR1
 status=0
@@ -60,6 +67,9 @@ wait "$step" || status=$?
 if [[ "$time_is_up" == 1 ]]; then
     status=0
     wait "$step" || status=$? # the first wait was ended by the signal
+    if [[ -n "$requeue" ]]; then
+        kill "$requeue"
+    fi
     if [[ "$status" == 0 ]]; then
         scontrol requeue "$SLURM_JOB_ID"
     fi

@@ -99,6 +99,9 @@ class ParallelConfig:
     """Model chunks per pipeline rank (interleaved schedule); 1: plain 1F1B."""
     context: int = 1
     """Ranks over which each sequence is spread, in zig-zag order."""
+    context_layout: Literal["sequence", "document"] = "sequence"
+    """What is cut into 2 * context chunks: the pack as a whole, documents crossing the borders, or every document by itself (Megatron's
+    layout), padded to a multiple of 2 * context tokens, and the packs of a step to the longest of them."""
     context_lightning: Literal["auto", "ring", "all_gather"] = "auto"
     """How lightning states travel over the context-parallel ranks. `auto`: all_gather up to 64 MiB per rank and layer, else ring."""
     context_softmax: Literal["auto", "ring", "all_gather"] = "auto"
@@ -332,6 +335,9 @@ class RLConfig:
     """Send every token of the training passes to the experts that it had when it was sampled; how they are weighed is still the gate's."""
     slots: int = 64
     """Sequences generated at a time on one data-parallel rank."""
+    cache_tokens: int | None = None
+    """Tokens of keys and values per softmax layer on a rank, of which a sequence takes its longest possible length when it starts.
+    None: enough for all slots."""
     dynamic_sampling: bool = True
     """Leave out prompts whose samples all have the same reward, and sample others in their place."""
     refills: int = 2

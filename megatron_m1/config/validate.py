@@ -18,7 +18,7 @@ _POSITIVE = (
     "parallel.expert_tensor parallel.timeout_s training.micro_batch training.global_batch "
     "training.seq_length training.recompute_layers training.head_chunk_tokens training.exit_after_s optimizer.lr optimizer.eps "
     "evaluation.batches logging.every_steps logging.peak_tflops moe.capacity_factor schedule.decay_steps "
-    "rl.samples_per_prompt rl.updates_per_batch rl.max_new_tokens rl.slots rl.reward_workers rl.reward_timeout_s "
+    "rl.samples_per_prompt rl.updates_per_batch rl.max_new_tokens rl.slots rl.cache_tokens rl.reward_workers rl.reward_timeout_s "
     "rl.held_out_samples rl.window_near_share rl.pass_rate_attempts rl.pass_rate_window"
 ).split()
 _NOT_NEGATIVE = (
@@ -161,7 +161,24 @@ def _layout(config: Config) -> Iterator[str]:
             f"training.seq_length={training.seq_length} must be a multiple of {unit} with parallel.context={parallel.context} (each rank "
             f"holds two equal chunks, spread over parallel.tensor={parallel.tensor}); use {_multiples_near(training.seq_length, unit)}."
         )
+    yield from _context(config)
     yield from _pipeline(config)
+
+
+def _context(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.context_layout == "document" and parallel.context == 1:
+        yield "parallel.context_layout=document needs parallel.context above 1; set it to sequence or raise parallel.context."
+    if parallel.context_layout == "document" and config.data.document_boundaries == "ignore":
+        yield (
+            "parallel.context_layout=document cuts documents, but with data.document_boundaries=ignore a sequence has none; "
+            "set one to sequence or the other to reset."
+        )
+    if parallel.context_layout == "document" and config.moe.dispatcher == "allgather" and parallel.expert > 1:
+        yield (
+            "parallel.context_layout=document gives data-parallel ranks different numbers of tokens, which moe.dispatcher=allgather "
+            "cannot gather; use alltoall."
+        )
 
 
 def _pipeline(config: Config) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """`pretrain --dry-run`: what a configuration would do on a given number of ranks, without a GPU or a process group."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from megatron_m1.config import Config, ConfigError, derived, load_config, rank_groups, to_yaml, validate
 from megatron_m1.engine.cluster import DEVICES
@@ -10,7 +12,7 @@ from megatron_m1.engine.memory import estimate_memory, stage_layers
 from megatron_m1.engine.schedule import consumed_samples, global_batch_at, learning_rate
 from megatron_m1.engine.step_time import step_time
 
-__all__ = ["dry_run_report", "main"]
+__all__ = ["config_and_world", "dry_run_report", "main"]
 
 _GIB = 2**30
 _SHOWN_GROUPS = 4
@@ -24,23 +26,29 @@ def main(argv: list[str]) -> None:
 
     Raises ConfigError as the run itself would.
     """
-    world_size, options = _take_world_size(argv)
-    config = load_config(options)
+    config, world_size = config_and_world(argv)
     validate(config, world_size)
     if os.environ.get("RANK", "0") == "0":
         print(dry_run_report(config, world_size))
 
 
-def dry_run_report(config: Config, world_size: int) -> str:
+def config_and_world(argv: list[str]) -> tuple[Config, int]:
+    """Configuration, not validated, and world size of a dry run's options."""
+    world_size, options = _take_world_size(argv)
+    return load_config(options), world_size
+
+
+def dry_run_report(config: Config, world_size: int, more: Mapping[str, str] = MappingProxyType({})) -> str:
     """Resolved configuration, parameter counts, rank layout, memory, FLOPs and schedule as text.
 
-    config: one that `validate` accepts for world_size.
+    config: one that `validate` accepts for world_size.  more: text of further sections by title, to stand after memory.
     """
     sections = (
         ("configuration", to_yaml(config).rstrip()),
         ("parameters", _parameters(config)),
         (f"layout of {world_size} ranks", _layout(config, world_size)),
         ("memory estimate per rank, GiB", _memory(config, world_size)),
+        *more.items(),
         ("arithmetic", _arithmetic(config, world_size)),
         (f"estimated time of a step on {_DEVICE}", _time(config, world_size)),
         ("schedule", _schedule(config)),

@@ -240,6 +240,7 @@ class Rollouts:
             self.trainer.models,
             self.groups,
             slots=self.config.rl.slots,
+            cache_tokens=self.config.rl.cache_tokens,
             record_routing=self.config.rl.routing_replay,
         )
 

@@ -28,7 +28,7 @@ from megatron_m1.rl.tasks import TaskMix
 from tests.e2e.pretrain_jobs import ROOT, environment
 from tests.unit.rl.loop_cases import tiny_config
 
-STEPS = 2
+STEPS = 3
 SAMPLES = 64
 """Of one generation batch: 8 prompts x 8."""
 
@@ -125,34 +125,127 @@ def test_held_out_reward_rises_on_two_data_parallel_ranks(folder, ranks):
     assert len(list((folder / "dp2/journal").glob("step_00000001.replica_*"))) == 2
 
 
-def test_a_killed_run_ends_with_the_same_bits(folder, ranks):
-    same = {"rl__engine": "reference", "rl__held_out_prompts": 0, "rl__updates_per_batch": 2, "rl__refills": 1}
-    ranks(1, rl_rank, options(folder, "whole", **same), timeout_s=120)
+SCHEDULED = {
+    "training__steps": STEPS,
+    "rl__engine": "reference",
+    "rl__held_out_prompts": 0,
+    "rl__updates_per_batch": 2,
+    "rl__refills": 1,
+    # Two batches of any lengths and perplexity move the window on: the third has the second one.
+    "rl__windows": [{"max_new_tokens": 3, "is_weight_cap": 2.0, "clip_grad": 0.5}, {"max_new_tokens": 4}],
+    "rl__window_patience": 2,
+    "rl__window_tolerance": 1e3,
+    "rl__window_near_share": 1e-9,
+    "rl__tasks": [{"kind": "sort", "size": 2}, {"kind": "sort", "size": 1}],
+    "rl__curriculum": [{"step": 0, "weights": [1, 0]}, {"step": 2, "weights": [1, 3]}],
+    "rl__easy_above": 0.3,
+    "rl__pass_rate_attempts": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(folder, rank_pool) -> dict[int, dict]:
+    """Metrics of a run that nothing disturbs."""
+    rank_pool.run(rl_rank, (options(folder, "whole", **SCHEDULED),), world=1, timeout_s=120)
+    return metrics(folder, "whole")
+
+
+def test_window_curriculum_and_filter_act_in_the_loop(folder, whole):
+    assert [whole[step]["window"] for step in (1, 2, 3)] == [3, 3, 4] and whole[2]["next_window"] == 4
+    assert 0 < whole[1]["prompts_ruled_out"] < whole[3]["prompts_ruled_out"]
+    samples = {
+        step: list(read_journal(folder / f"whole/journal/step_{step:08d}.replica_00000.jsonl")) for step in (1, 2, 3)
+    }
+    longest = {step: max(len(r["response"]) for r in samples[step]) for step in (1, 2, 3)}
+    assert longest == {1: 3, 2: 3, 3: 4}
+    short = {step: sum(len(r["task"]["task"]["answer"]) == 1 for r in samples[step]) for step in (1, 2, 3)}
+    assert short[1] == 0 < short[3]
+    easy = {r["task"]["prompt"] for r in samples[1]} & {r["task"]["prompt"] for r in samples[3]}
+    for prompt in easy:  # asked again, so it was not easy
+        right = sum(r["text"] == r["task"]["task"]["answer"] for r in samples[1] if r["task"]["prompt"] == prompt)
+        assert right <= 0.3 * sum(r["task"]["prompt"] == prompt for r in samples[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_ended_goes_on_with_the_same_bits(folder, whole, ranks, number):
+    run = signal.Signals(number).name
+    # On SIGTERM it saves where it is, in the middle of the samples of step 2.
+    every = {"checkpoint__every_steps": int(number == signal.SIGKILL)}
     job = subprocess.Popen(
-        [sys.executable, "-m", "megatron_m1", "rl", *options(folder, "killed", **same)],
+        [sys.executable, "-m", "megatron_m1", "rl", *options(folder, run, **SCHEDULED, **every)],
         cwd=ROOT,
         env=environment(),
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
-    journal = folder / "killed/journal/step_00000002.replica_00000.jsonl"
+    journal = folder / run / "journal/step_00000002.replica_00000.jsonl"
     try:
         deadline = time.monotonic() + 60
         while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
+        os.killpg(job.pid, number)
+        said, _ = job.communicate(timeout=60)
     finally:
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+    if number == signal.SIGTERM:
+        assert job.returncode == 0 and "stopping in step 2, whose finished samples are in the journal: SIGTERM" in said
+    assert (folder / run / "save/latest").read_text().strip() == "step_00000001"
     before = {r["number"] for r in read_journal(journal)}
-    whole = metrics(folder, "whole")
     assert 10 <= len(before) < whole[2]["sampled"]
-    ranks(1, rl_rank, options(folder, "killed", resume=True, **same), timeout_s=120)
+    ranks(1, rl_rank, options(folder, run, resume=True, **SCHEDULED), timeout_s=120)
     after = [r["number"] for r in read_journal(journal)]
     assert len(after) == len(set(after)) and before < set(after)  # none was generated twice
-    assert whole == metrics(folder, "killed")
+    assert whole == metrics(folder, run)
     for step in whole.values():
         assert step["first_is_weight"] == 1.0 and step["max_abs_diff"] == step["not_bit_equal_share"] == 0.0
     config = from_yaml(folder / "rl.yaml")
-    (a,), (b,) = (ranks(1, weights, config, folder / run / "save" / f"step_{STEPS:08d}") for run in ("whole", "killed"))
+    (a,), (b,) = (ranks(1, weights, config, folder / name / "save" / f"step_{STEPS:08d}") for name in ("whole", run))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+ONE_STEP = {
+    "training__steps": 1,
+    "rl__updates_per_batch": 1,
+    "training__global_batch": 32,
+    "rl__refills": 1,
+    "rl__held_out_prompts": 16,
+    "checkpoint__every_steps": 0,
+}
+
+
+def one_step(folder: Path, run: str) -> tuple[dict[int, tuple], dict]:
+    """(samples by number, metrics) of a run of ONE_STEP."""
+    samples = {
+        r["number"]: (r["prompt"], r["response"], r["finish_reason"])
+        for path in (folder / run / "journal").glob("step_00000001.*")
+        for r in read_journal(path)
+    }
+    return samples, metrics(folder, run)[1]
+
+
+@pytest.fixture(scope="module")
+def alone(folder, rank_pool) -> tuple[dict[int, tuple], dict]:
+    """The step on one rank."""
+    rank_pool.run(rl_rank, (options(folder, "alone", **ONE_STEP),), world=1, timeout_s=120)
+    return one_step(folder, "alone")
+
+
+@pytest.mark.parametrize(
+    "world, parallel",
+    [(2, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {"expert": 2}), (2, {"context": 2})],
+    ids=["DP2", "TP2", "PP2", "EP2", "CP2"],
+)
+def test_a_step_is_that_of_one_rank(folder, alone, ranks, request, world, parallel):
+    run = request.node.callspec.id
+    layout = {f"parallel__{key}": value for key, value in parallel.items()}
+    ranks(world, rl_rank, options(folder, run, **ONE_STEP, **layout), timeout_s=120)
+    (samples, found), (expected, figures) = one_step(folder, run), alone
+    assert samples == expected and len(samples) == figures["sampled"] >= 32
+    for key in ("reward", "kept", "sampled", "discard_rate", "held_out", "held_out_pass@4", "loss_tokens"):
+        assert found[key] == figures[key], key
+    for key in ("loss", "grad_norm", "perplexity"):
+        assert found[key] == pytest.approx(figures[key], rel=1e-5, abs=1e-6), key

@@ -9,10 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from megatron_m1.config import from_yaml, load_config, validate
 from megatron_m1.engine.schedule import consumed_samples, learning_rate
+from megatron_m1.generation.blocks import blocks_for
+from megatron_m1.generation.cache import HybridCache
+from megatron_m1.rl.dry_run import rollout_memory
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
@@ -84,6 +88,47 @@ def test_456b_context_stages_dry_run(launcher, nodes, length, tokens, theta, con
     assert f"rope_theta: {theta}" in report and f"seq_length: {tokens}\n" in report
     assert f"context        size {context:4d} " in report and "456,089,655,296" in report
     assert "134,217,728 tokens and " in report and "\n== warnings" not in report
+
+
+def test_456b_rl_dry_run_on_512_gpus(tmp_path):
+    done = run(["bash", "examples/slurm/rl_456b.sbatch"], DRY_RUN="1", RUN=str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    command, report = done.stdout.split("\n", 1)
+    assert "srun --nodes 64 " in command and "-m megatron_m1 rl --config examples/configs/m1_456b.yaml" in command
+    assert f"--rl.journal {tmp_path}/run/journal" in command and "--data.train" not in command
+    assert "1000 batches of 512 prompts x 16 samples, 16 updates of 512 samples each" in report
+    assert "output windows 40000, 48000, 56000, 64000, 72000, 80000" in report and "eps: 1.0e-15" in report
+    assert "32 replicas of 16 ranks generate 256 samples each, 48 at a time" in report
+    totals = [float(line.split()[6]) for line in report.split("== memory of rollouts")[1].splitlines()[2:4]]
+    assert all(50 < total < 74 for total in totals)  # of 80, beside 3 to 6 that are not counted
+    assert report.endswith("dry run: the configuration is valid\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rollout_memory_is_that_of_the_cache():
+    """One pipeline stage of the engine's cache, allocated; the formula is for any shape."""
+    config = from_yaml(CONFIGS / "rl_tiny_cpu.yaml")
+    config.rl.slots = 5
+    (memory,) = rollout_memory(config, 1)
+    model, length = config.model, config.training.seq_length
+    cache = HybridCache(
+        dict(enumerate(model.layer_types(), start=1)),
+        slots=5,
+        blocks=5 * blocks_for(length) + 1,
+        longest=length,
+        heads=model.num_attention_heads,
+        groups=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        on_device=False,
+    )
+    states, keys, values = (
+        sum(tensor.numel() * tensor.element_size() for tensor in store.values())
+        for store in (cache._states, cache._keys, cache._values)
+    )
+    assert memory.states == states + memory.slot and memory.slot * 5 == states
+    assert memory.blocks == keys + values and memory.total > memory.weights + memory.training + states + keys + values
 
 
 def test_456b_context_stages_follow_the_reports_tokens():

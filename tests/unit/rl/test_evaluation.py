@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_m1.rl.evaluation import avg_at_k, mean_interval, pass_at_k, pass_at_k_of_prompt
+from megatron_m1.rl.evaluation import HeldOut, avg_at_k, mean_interval, pass_at_k, pass_at_k_of_prompt
 
 
 @pytest.mark.parametrize("n, c, k", [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 2), (7, 1, 7), (8, 3, 6)])
@@ -68,3 +68,19 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(ValueError):
             call()
+
+
+def test_an_evaluation_gives_every_k_that_the_samples_allow():
+    results = [[True, False, False, False], [False] * 4, [True, True, True]]  # the last one lost a sample to an error
+    held_out = HeldOut.of(results, samples=4, pass_at=[2, 1, 4])
+    assert held_out.average.value == pytest.approx((0.25 + 0 + 1) / 3)
+    assert {k: (e.value, e.prompts) for k, e in held_out.passes.items()} == {
+        1: (pytest.approx((0.25 + 0 + 1) / 3), 3),
+        2: (pytest.approx((0.5 + 0 + 1) / 3), 3),
+        4: (pytest.approx(0.5), 2),
+    }
+    figures = held_out.figures()
+    assert list(figures) == ["held_out", "held_out_pass@1", "held_out_pass@2", "held_out_pass@4"]
+    assert figures["held_out_pass@4"]["low"] < 0.5 < figures["held_out_pass@4"]["high"]
+    assert list(HeldOut.of(results[:2], samples=4, pass_at=[]).passes) == [4]
+    assert HeldOut.of(results[2:], samples=4, pass_at=[]).passes == {}

@@ -1,6 +1,7 @@
 """Tasks, settings, validation, the journal record and the page of the RL loop."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -8,14 +9,15 @@ import pytest
 import torch
 
 from megatron_m1.config import ConfigError
-from megatron_m1.config.schema import RLConfig, TaskSource
+from megatron_m1.config.schema import Config, CurriculumPoint, RLConfig, TaskSource, WindowStage
 from megatron_m1.config.validate import validate_rl
 from megatron_m1.rl.loop import loss_settings
 from megatron_m1.rl.page import write_page
+from megatron_m1.rl.progress import Progress
 from megatron_m1.rl.rewards.exact import ExactReward
 from megatron_m1.rl.rewards.protocol import RewardRequest
-from megatron_m1.rl.samples import from_record, to_record
-from megatron_m1.rl.tasks import TaskMix
+from megatron_m1.rl.samples import Facts, from_record, to_record
+from megatron_m1.rl.tasks import Task, TaskMix
 from tests.unit.rl.loop_cases import fixed_samples, tiny_config
 
 
@@ -53,6 +55,51 @@ def test_sources_are_mixed_by_weight(tmp_path):
         TaskMix(RLConfig(tasks=[file]), seed=1)
 
 
+def test_curriculum_and_filter_choose_among_the_tasks():
+    sources = [TaskSource("sort", size=2), TaskSource("addition", size=1)]
+    points = [CurriculumPoint(0, [1.0, 0.0]), CurriculumPoint(10, [0.0, 2.0])]
+    tasks = TaskMix(RLConfig(tasks=sources, curriculum=points), seed=1)
+    assert all(tasks.task(i, step=0).prompt.startswith("sort") for i in range(50))
+    assert 60 < sum("+" in tasks.task(i, step=5).prompt for i in range(200)) < 140
+    assert all("+" in tasks.task(i, step=99).prompt for i in range(50))
+    assert {"+" in tasks.task(i, step=0, held_out=True).prompt for i in range(50)} == {True, False}
+    plain = [tasks.task(i).prompt for i in range(50)]
+    even = [tasks.task(i, wanted=lambda prompt: int(prompt[5]) % 2 == 0).prompt for i in range(50)]
+    assert all(int(prompt[5]) % 2 == 0 for prompt in even) and any(a != b for a, b in zip(plain, even))
+    assert all(a == b for a, b in zip(plain, even) if int(a[5]) % 2 == 0)
+    assert tasks.task(3, wanted=lambda prompt: False).prompt  # nothing is wanted: one is taken all the same
+
+
+def progress_config() -> Config:
+    stages = [WindowStage(10, 2.0, 0.5), WindowStage(20)]
+    return tiny_config(windows=stages, max_new_tokens=20, window_patience=2, easy_above=0.5, pass_rate_attempts=2)
+
+
+def step_facts(length: int, rewards: tuple[float | None, ...]) -> list[Facts]:
+    return [Facts(i, 7, 3, length, -0.5 * length, "eos", reward) for i, reward in enumerate(rewards)]
+
+
+def test_progress_gives_each_window_its_settings_and_comes_back_from_json():
+    progress, tasks = Progress(progress_config()), {7: Task("sort 21:", "exact")}
+    now = progress.config()
+    assert (now.rl.max_new_tokens, now.rl.is_weight_cap, now.optimizer.clip_grad) == (10, 2.0, 0.5)
+    figures = progress.take(step_facts(10, (1.0, None)), tasks)
+    assert figures == {"window": 10, "perplexity": pytest.approx(math.exp(0.5)), "prompts_ruled_out": 0}
+    assert progress.wanted("sort 21:")  # an error is no attempt
+    resumed = Progress(progress_config())
+    resumed.load(json.loads(json.dumps(progress.state())))
+    for each in (progress, resumed):
+        figures = each.take(step_facts(10, (1.0, 0.0, 1.0)), tasks)
+        assert figures["next_window"] == 20 and figures["prompts_ruled_out"] == 1
+        assert not each.wanted("sort 21:") and each.wanted("sort 12:")
+        now = each.config()
+        assert (now.rl.max_new_tokens, now.rl.is_weight_cap, now.optimizer.clip_grad) == (20, None, 1.0)
+    assert resumed.state() == progress.state()
+    Progress(tiny_config()).load({})
+    with pytest.raises(ConfigError, match="saved window of 20"):
+        Progress(tiny_config()).load(progress.state())
+
+
 def test_exact_reward():
     def value(response: str) -> float:
         return ExactReward()(RewardRequest("exact", "sort 21:", response, {"answer": "12"})).value
@@ -79,6 +126,23 @@ def test_keys_replace_the_presets_values():
         ({"overlong_tokens": 5}, "must not exceed rl.max_new_tokens=4"),
         ({"tasks": [TaskSource("reasoning_gym")]}, r"needs rl.tasks\[0\].dataset"),
         ({"refills": -1}, "rl.refills=-1 must be 0 or more"),
+        ({"windows": [WindowStage(4), WindowStage(2)]}, "must be positive and strictly increasing"),
+        (
+            {"windows": [WindowStage(2), WindowStage(3)]},
+            "rl.max_new_tokens=4 must be the last of rl.windows=.* set it to 3",
+        ),
+        (
+            {"windows": [WindowStage(2), WindowStage(4)], "overlong_tokens": 3},
+            "must not exceed the first of rl.windows",
+        ),
+        ({"windows": [WindowStage(4, clip_grad=-1.0)]}, r"rl.windows\[0\].clip_grad=-1.0 must be 0"),
+        ({"windows": [WindowStage(4, is_weight_cap=0.0)]}, r"rl.windows\[0\].is_weight_cap=0.0 must be above 0"),
+        ({"window_patience": 1}, "two halves are compared"),
+        ({"curriculum": [CurriculumPoint(2, [1.0]), CurriculumPoint(1, [1.0])]}, "sort the points"),
+        ({"curriculum": [CurriculumPoint(0, [1.0, 1.0])]}, "one entry for each of the 1 sources"),
+        ({"curriculum": [CurriculumPoint(0, [0.0])]}, "a sum above 0"),
+        ({"easy_above": 1.5}, "0 <= hard_below < easy_above <= 1"),
+        ({"held_out_pass_at": [1, 8]}, r"holds \[8\]; pass@k needs k samples"),
     ],
 )
 def test_what_cannot_run_is_refused(change, message):
