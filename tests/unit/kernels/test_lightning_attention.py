@@ -174,9 +174,18 @@ def test_resumed_prefill_equals_one_pass() -> None:
         torch.testing.assert_close(last, final, rtol=1e-5, atol=2e-5)
 
 
-def test_repeated_runs_are_bitwise_equal() -> None:
-    case = Case(tokens=sum(RAGGED), documents=RAGGED)
-    first, second = (run(lightning_attention, case, make_inputs(case)) for _ in range(2))
+@pytest.mark.parametrize("with_states", [False, True])
+@pytest.mark.parametrize("documents", [None, RAGGED])
+def test_repeated_runs_are_bitwise_equal(documents: tuple[int, ...] | None, with_states: bool) -> None:
+    """Also with deterministic algorithms, which fill new memory with NaN, and refuse what is not deterministic."""
+    case = Case(tokens=sum(RAGGED), documents=documents, with_states=with_states)
+    first = run(lightning_attention, case, make_inputs(case))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        second = run(lightning_attention, case, make_inputs(case))
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
