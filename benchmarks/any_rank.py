@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_step_cpu import git
 from megatron_m1 import platform
 from megatron_m1.config import Config, ConfigError, derived, load_config
 from megatron_m1.config.validate import validate_layout
@@ -271,8 +270,9 @@ def environment(module: str, argv: list[str] | None) -> dict[str, Any]:
 
 def commit() -> str | None:
     """Of the checkout, None in a copy without history."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        return git("rev-parse", "--short", "HEAD")
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -116,7 +116,7 @@ def balance_routing(models: list[torch.nn.Module]) -> None:
     here every rank would receive the same deviation 'from all others'.
     """
     for router in routers(models):
-        setattr(router, "routing", _Balanced(router.routing, router.topk))
+        router.routing = _Balanced(router.routing, router.topk)  # type: ignore[method-assign]
 
 
 class _Balanced:

@@ -5,8 +5,9 @@ python tools/plan_layout.py --gpus 256 --seq-length 32768 --layout 8/8/1/8/1/1  
 python tools/plan_layout.py --config A.yaml --gpus 256 --layout config             # where time and memory of a preset go
 python tools/plan_layout.py --flops-curve                                         # against DeepSeek-R1
 Layouts are written TP/PP/CP/EP/ETP/VPP. Further options are configuration keys (--training.grad_reduce_dtype bf16); --config
-gives the model and everything else that is not searched. CPU only. The rates behind the times are constants of
-megatron_m1.engine.cluster.py; each was measured alone or assumed, as it says there, and no sum of them was compared with a step.
+gives the model and everything else that is not searched. CPU only. The rates behind the times stand in
+megatron_m1/engine/rates.py with their sources; --rates FILE.json replaces any of them. What their sums were compared with, and how
+far off they were, is the last line of the output.
 Exit code 1 if no layout fits, 2 for bad input.
 """
 
@@ -20,6 +21,7 @@ from megatron_m1.config.schema import ParallelConfig
 from megatron_m1.engine.cluster import DEVICES, Cluster
 from megatron_m1.engine.flops import count_parameters, decode_flops
 from megatron_m1.engine.memory import estimate_memory, stage_layers
+from megatron_m1.engine.rates import read_rates
 from megatron_m1.engine.step_time import stage_balance
 from megatron_m1.planning import Plan, Refusal, Search, plan_layout, search
 from megatron_m1.planning.generation_flops import flops_curve, r1_decode_flops, r1_multiplied_parameters
@@ -63,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory-tb-per-s", type=float, help="bandwidth of the GPU's memory, data sheet")
     parser.add_argument("--nvlink-gb-per-s", type=float, help="per GPU and direction, within a node")
     parser.add_argument("--network-gb-per-s", type=float, help="per GPU and direction, between nodes")
+    parser.add_argument("--rates", type=read_rates, help="JSON file with fields of megatron_m1.engine.rates.Rates")
     parser.add_argument("--seq-length", type=int, help="training.seq_length")
     parser.add_argument("--global-batch-tokens", type=int, help="tokens of an optimizer step; default 134217728")
     parser.add_argument("--reserve-gib", type=float, default=RESERVE_GIB, help="left free on each GPU")
@@ -131,7 +134,7 @@ def table(result: Search, config: Config, cluster: Cluster, top: int) -> str:
     for rule, count in result.rules().most_common():
         example = min((r for r in result.refusals if r.rule == rule), key=lambda r: r.needed_gib)
         lines.append(f"{count:6d} {rule}, e.g. {layout_name(example.parallel)}: {example.reason}")
-    lines.append("times are sums of rates measured or assumed one by one, not calibrated end to end")
+    lines.append(f"times are sums of terms, {cluster.rates.calibration}")
     return "\n".join(lines)
 
 
@@ -162,6 +165,7 @@ def detail(plan: Plan, cluster: Cluster) -> str:
     lines += [
         f"{seconds:10.2f}  {name:12s} {seconds / plan.time.total:6.1%}" for name, seconds in vars(plan.time).items()
     ]
+    lines.append(f"times are sums of terms, {cluster.rates.calibration}")
     return "\n".join(lines)
 
 

@@ -1,24 +1,13 @@
-"""GPUs, their links, and the rates at which they are taken to work."""
+"""GPUs and their links."""
 
 from dataclasses import dataclass
 
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.engine.rates import Rates
 
 __all__ = ["DEVICES", "Cluster"]
 
-# Rates of one Hopper GPU. "Measured" is on an H200, kernel by kernel. H100 and H800 have the same tensor cores; what is bound by
-# memory scales with its bandwidth. Launches, waiting and unbalanced experts are not counted, and no whole step of the 456B model
-# was measured. The one step that was, examples/configs/single_gpu.yaml on an H100 with the torch path of lightning attention, ran
-# at 54,000 to 59,000 tokens/s where these terms give 140,000: take ratios between layouts from them, not durations.
-DENSE_TFLOPS = 700.0  # bf16 matrix products, measured 700-800
-GROUPED_TFLOPS = 600.0  # torch's grouped_mm at M1's expert shapes from 1024 rows an expert on, measured 600-666
-GROUPED_SMALL_TFLOPS = 410.0  # the same with 256 rows an expert, measured 410-450
-SOFTMAX_TFLOPS = 554.0  # causal flash attention, forward, 65,536 tokens, 64 heads of 128: measured 127 ms
-SOFTMAX_BACKWARD_TFLOPS = 390.0  # assumed: 0.7 of the forward's rate
-FP32_TFLOPS = 50.0  # the head without TF32, assumed: three quarters of the data sheet's 67
-COPY_SHARE = 4.3 / 4.8  # of the data sheet's memory bandwidth that a copy reaches, measured
-NVLINK_SHARE = 0.8  # of the link, one direction: the 160 of 200 GB/s that the DeepSeek-V3 report counts on for the H800
-NETWORK_SHARE = 0.8  # assumed
+RATES = Rates()
 
 
 @dataclass(frozen=True)
@@ -34,16 +23,17 @@ class Cluster:
     network_gb_per_s: float
     peak_tflops: float = 989.4
     """Dense bf16, for the model FLOPs utilisation."""
+    rates: Rates = RATES
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
+            if name != "rates" and not value > 0:
                 raise ConfigError(f"{name}={value} of a cluster must be above 0.")
 
     @property
     def bytes_per_s(self) -> float:
         """Memory traffic of kernels that compute next to nothing."""
-        return self.memory_tb_per_s * 1e12 * COPY_SHARE
+        return self.memory_tb_per_s * 1e12 * self.rates.copy_share
 
     def exchange_s(self, received: float, *, peers: int, stride: int) -> float:
         """Seconds in which each of `peers` ranks, `stride` apart, receives `received` bytes, in equal parts from the others.
@@ -55,8 +45,8 @@ class Cluster:
         near = max(1, min(peers, self.gpus_per_node // stride))
         inside, outside = (near - 1) / (peers - 1), (peers - near) / (peers - 1)
         return max(
-            received * inside / (self.nvlink_gb_per_s * 1e9 * NVLINK_SHARE),
-            received * outside / (self.network_gb_per_s * 1e9 * NETWORK_SHARE),
+            received * inside / (self.nvlink_gb_per_s * 1e9 * self.rates.nvlink_share),
+            received * outside / (self.network_gb_per_s * 1e9 * self.rates.network_share),
         )
 
     def collective_s(self, received: float, *, peers: int, stride: int) -> float:
@@ -64,16 +54,15 @@ class Cluster:
         if peers == 1:
             return 0.0
         if peers * stride <= self.gpus_per_node:
-            return received / (self.nvlink_gb_per_s * 1e9 * NVLINK_SHARE)
-        return received / (self.network_gb_per_s * 1e9 * NETWORK_SHARE)
+            return received / (self.nvlink_gb_per_s * 1e9 * self.rates.nvlink_share)
+        return received / (self.network_gb_per_s * 1e9 * self.rates.network_share)
 
-    @staticmethod
-    def grouped_tflops(rows: float) -> float:
+    def grouped_tflops(self, rows: float) -> float:
         """Rate of the experts' products with `rows` tokens an expert: linear between the measured points and down to 0."""
+        small, large = self.rates.grouped_small_tflops, self.rates.grouped_tflops
         if rows < 256:
-            return GROUPED_SMALL_TFLOPS * rows / 256
-        share = min(1.0, (rows - 256) / (1024 - 256))
-        return GROUPED_SMALL_TFLOPS + share * (GROUPED_TFLOPS - GROUPED_SMALL_TFLOPS)
+            return small * rows / 256
+        return small + min(1.0, (rows - 256) / (1024 - 256)) * (large - small)
 
 
 # Data sheets; memory as nvidia-smi shows it. NVLink: half of 400 and 900 GB/s. Network: one 400 Gb/s InfiniBand port for each GPU.

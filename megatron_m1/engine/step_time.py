@@ -4,13 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 from megatron_m1.config.layout import derived
 from megatron_m1.config.schema import Config
-from megatron_m1.engine.cluster import (
-    DENSE_TFLOPS,
-    FP32_TFLOPS,
-    SOFTMAX_BACKWARD_TFLOPS,
-    SOFTMAX_TFLOPS,
-    Cluster,
-)
+from megatron_m1.engine.cluster import Cluster
 from megatron_m1.engine.flops import layer_parameters, training_flops_per_token
 from megatron_m1.engine.memory import estimate_memory, head_chunks, rank_tokens, stage_layers
 
@@ -73,7 +67,7 @@ _RECOMPUTED = {
 def step_time(config: Config, cluster: Cluster) -> StepTime:
     """StepTime of a layout that `validate` accepts, in bf16, experts balanced, no network contention.
 
-    The rates stand in cluster.py; sums of such terms are not calibrated against whole steps.
+    cluster.rates says what sums of such terms were compared with.
     """
     parallel, stages = config.parallel, stage_seconds(config, cluster)
     totals = [sum(terms.values()) for terms in stages]
@@ -100,7 +94,7 @@ def stage_seconds(config: Config, cluster: Cluster) -> list[dict[str, float]]:
             for name, seconds in layers[types[layer]].items():
                 terms[name] += seconds
         if stage == parallel.pipeline - 1:
-            terms["head"] = _head(config)
+            terms["head"] = _head(config, cluster)
         stages.append(terms)
     return stages
 
@@ -134,11 +128,13 @@ def _layer(config: Config, cluster: Cluster, kind: int) -> dict[str, float]:
 
 def _compute(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[float, ...]]:
     """(forward, backward) seconds of the kernels."""
-    model, parallel = config.model, config.parallel
+    model, parallel, rates = config.model, config.parallel, cluster.rates
     sizes, tokens = derived(config, cluster.gpus), rank_tokens(config)
     inner = model.num_attention_heads * model.head_dim / parallel.tensor
     parameters = layer_parameters(model, kind)
-    dense = 2 * tokens * (parameters["attention"] + parameters["shared"]) / parallel.tensor / (DENSE_TFLOPS * 1e12)
+    dense = (
+        2 * tokens * (parameters["attention"] + parameters["shared"]) / parallel.tensor / (rates.dense_tflops * 1e12)
+    )
     routed = tokens / parallel.tensor * model.num_experts_per_tok
     rows = routed * sizes.expert_tensor * parallel.expert / model.num_local_experts
     products = 6 * routed * model.hidden_size * model.intermediate_size
@@ -156,9 +152,11 @@ def _compute(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[flo
     if kind == 0:
         one_pass = tokens * inner * _BF16 / cluster.bytes_per_s
         terms["lightning"] = tuple(passes * one_pass for passes in _LIGHTNING_PASSES)
-    else:
-        flops = 2 * inner * config.training.seq_length * tokens  # over half of the keys on average
-        terms["softmax"] = (flops / (SOFTMAX_TFLOPS * 1e12), 2.5 * flops / (SOFTMAX_BACKWARD_TFLOPS * 1e12))
+    whole_layer = rates.lightning_layer if kind == 0 else rates.softmax_layer
+    terms = {name: tuple(seconds * whole_layer for seconds in both) for name, both in terms.items()}
+    if kind == 1:
+        flops = 2 * inner * config.training.seq_length * tokens / 1e12  # over half of the keys on average
+        terms["softmax"] = (flops / rates.softmax_tflops, 2.5 * flops / rates.softmax_backward_tflops)
     return terms
 
 
@@ -201,12 +199,12 @@ def _sequence_shards(config: Config) -> int:
     return config.parallel.tensor if derived(config, 1).sequence_parallel else 1
 
 
-def _head(config: Config) -> float:
+def _head(config: Config, cluster: Cluster) -> float:
     """fp32 products of a micro-batch: forward, two backward, one more if the logits are computed again chunk by chunk."""
     model = config.model
     products = 3 if head_chunks(config) == 1 else 4
     flops = products * 2 * rank_tokens(config) * model.hidden_size * model.vocab_size / config.parallel.tensor
-    return flops / (FP32_TFLOPS * 1e12)
+    return flops / (cluster.rates.fp32_tflops * 1e12)
 
 
 def _neighbours(config: Config, cluster: Cluster) -> float:

@@ -1,7 +1,7 @@
 """Single ranks of jobs of many, on torch's fake process group: what they hold, what they would receive, that their steps are real."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,12 +11,15 @@ from benchmarks import any_rank, long_context
 from benchmarks.any_rank import bench_config, distinct_ranks, measure_rank
 from benchmarks.context_formulas import Shape, lightning_bytes
 from benchmarks.fake_ranks import RECEIVED_STD, balance_routing, fake_rank, fill_weights
-from benchmarks.long_context import Point, left_out, measure_point
+from benchmarks.long_context import Point, layer_config, left_out, measure_point
 from benchmarks.long_context_plot import blocks
+from benchmarks.long_context_rates import fit_head, fit_layers, rank_errors
 from megatron_m1.config import ConfigError, load_config
 from megatron_m1.config.schema import ModelConfig, ParallelConfig
 from megatron_m1.engine.cluster import DEVICES
 from megatron_m1.engine.memory import estimate_memory
+from megatron_m1.engine.rates import Rates
+from megatron_m1.engine.step_time import COMPUTE, stage_seconds
 from megatron_m1.engine.trainer import Trainer
 from megatron_m1.model.build import routers
 
@@ -113,7 +116,7 @@ def test_operations_leave_finite_data_and_are_counted():
         dist.all_to_all_single(rows, mine, [0, 1, 5, 0], [1, 1, 1, 1], group=groups.ep)
         assert rows.tolist() == [0, 1, 2, 3, 0, 1]
         arriving = torch.full((1000,), torch.nan)
-        dist.irecv(arriving, group_src=0, group=groups.cp).wait()
+        dist.irecv(arriving, group_src=1, group=groups.cp).wait()
         assert 0.5 * RECEIVED_STD < arriving.std() < 2 * RECEIVED_STD
         whole = torch.tensor([7.0, 8.0, 9.0, 6.0])
         dist.all_gather_into_tensor(whole, whole[2:], group=groups.tp)
@@ -160,6 +163,38 @@ def test_eight_layers_from_two():
     rows = [row("lightning", 8, 1.0, 10, 15), row("softmax", 8, 2.0, 20, 28), row("lightning", 16, 2.0, 20, 30)]
     assert blocks(rows, "slice", "hybrid", "none") == [(8, 7 * 3.0 + 6.0, 7 * 10 + 20 + 8)]
     assert blocks(rows, "slice", "all softmax", "none") == [(8, 8 * 6.0, 8 * 20 + 8)]
+
+
+def test_rates_are_found_again_from_layers_and_ranks_that_have_them():
+    true = Rates(
+        lightning_layer=2.0, softmax_layer=1.5, softmax_tflops=300.0, softmax_backward_tflops=200.0, fp32_tflops=20.0
+    )
+    device, model = replace(DEVICES["H200"], rates=true), ModelConfig()
+    rows = []
+    for kind in ("lightning", "softmax"):
+        for recompute in ("none", "selective"):
+            for tokens in (1 << 13, 1 << 17, 1 << 20):
+                point = Point("tensor_share", kind, recompute, 8, 1, tokens)
+                config = layer_config(point, model, 32)
+                again = stage_seconds(config, replace(device, gpus=96))[1]
+                config.training.recompute = "none"
+                plain = stage_seconds(config, replace(device, gpus=96))[1]
+                forward = sum(plain[name] for name in ("gemm", "experts", "elementwise")) / 3
+                forward += plain["softmax"] / (1 + 2.5 * 300 / 200)
+                total = sum(again[name] for name in COMPUTE)
+                rows.append({"point": vars(point), "forward_s": forward, "backward_s": total - forward})
+    found = fit_layers(rows, model, DEVICES["H200"])
+    whole = tiny()
+    ranks = [{"config": asdict(whole), "ranks": []}]
+    for stage, terms in enumerate(stage_seconds(whole, replace(device, gpus=WORLD))):
+        seconds = sum(terms[name] for name in COMPUTE)
+        ranks[0]["ranks"].append({"stage": stage, "measured": {"micro_batch_s": seconds}})
+    found = fit_head(ranks, found, DEVICES["H200"])
+    for name in ("lightning_layer", "softmax_layer", "softmax_tflops", "softmax_backward_tflops", "fp32_tflops"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-6), name
+    errors = list(rank_errors(ranks, replace(DEVICES["H200"], rates=found)))
+    assert [is_last for _, is_last in errors] == [False, True] and all(abs(e) < 1e-6 for e, _ in errors)
+    assert min(abs(e) for e, _ in rank_errors(ranks, DEVICES["H200"])) > 0.1
 
 
 def test_resume_keeps_what_is_there(tmp_path):

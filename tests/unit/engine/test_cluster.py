@@ -4,6 +4,7 @@ import pytest
 
 from megatron_m1.config import ConfigError
 from megatron_m1.engine.cluster import DEVICES, Cluster
+from megatron_m1.engine.rates import read_rates
 
 # Links of 1 GB/s after the shares of cluster.py: 0.8 of 1.25.
 CLUSTER = Cluster(
@@ -29,10 +30,26 @@ def test_a_collective_is_as_fast_as_its_slowest_link():
 
 @pytest.mark.parametrize("rows, tflops", [(128, 205), (256, 410), (640, 505), (1024, 600), (9999, 600)])
 def test_rate_of_the_experts_grows_with_their_tokens(rows, tflops):
-    assert Cluster.grouped_tflops(rows) == pytest.approx(tflops)
+    assert CLUSTER.grouped_tflops(rows) == pytest.approx(tflops)
 
 
 def test_known_devices_and_bad_numbers():
     assert DEVICES["H800"].nvlink_gb_per_s == 200 < DEVICES["H200"].nvlink_gb_per_s
     with pytest.raises(ConfigError, match="gpus=0 of a cluster"):
         replace(DEVICES["H800"], gpus=0)
+
+
+def test_rates_from_a_file(tmp_path):
+    file = tmp_path / "rates.json"
+    file.write_text('{"dense_tflops": 350, "calibration": "by hand"}')
+    rates = read_rates(file)
+    assert (rates.dense_tflops, rates.grouped_tflops, rates.calibration) == (350, 600, "by hand")
+    for text, message in (
+        ('{"dense": 1}', "holds dense; it may hold dense_tflops, "),
+        ('{"dense_tflops": 0}', "dense_tflops=0 of the rates must be a number above 0"),
+        ("[]", "holds .no mapping."),
+        ("{", "cannot be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_rates(file)

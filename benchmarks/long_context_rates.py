@@ -1,0 +1,149 @@
+"""Rates for the step-time estimate from what benchmarks.long_context and benchmarks.any_rank measured, and how far they are off.
+
+    python -m benchmarks.long_context_rates benchmarks/results/long_context.json benchmarks/results/any_rank_*.json \
+        [--output benchmarks/results/rates.json]
+    python tools/plan_layout.py --rates benchmarks/results/rates.json ...
+
+Fitted: a factor on all terms of a lightning layer and one on those of a softmax layer without its kernel, and that kernel's rates
+forward and backward, by least squares of relative errors over the single layers; then the rate of the fp32 head from the last stages
+of whole ranks. All other rates stay as they are. The error given is that of the other stages' micro-batches, which were not fitted.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.long_context import STAGES, Point, layer_config
+from megatron_m1.config import Config, from_yaml
+from megatron_m1.config.schema import ModelConfig
+from megatron_m1.engine.cluster import DEVICES, Cluster
+from megatron_m1.engine.rates import Rates
+from megatron_m1.engine.step_time import COMPUTE, stage_seconds
+
+__all__ = ["fit_head", "fit_layers", "rank_errors"]
+
+EXPERTS = 32
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(argv)
+    results = [json.loads(path.read_text()) for path in options.results]
+    device = next(name for name in DEVICES if name in results[0]["hardware"]["device"])
+    layers = next(result for result in results if "points" in result)
+    ranks = [result for result in results if "ranks" in result]
+    model = ModelConfig(**layers["model"])
+    rates = fit_head(ranks, fit_layers(layers["points"], model, DEVICES[device]), DEVICES[device])
+    fitted = replace(DEVICES[device], rates=rates)
+    errors = list(layer_errors(layers["points"], model, fitted))
+    text = (
+        f"fitted to {len(errors)} single layers alone on an {layers['hardware']['device']} "
+        f"(median error {statistics.median(errors):.0%}, largest {max(errors):.0%})"
+    )
+    whole = [error for error, is_last in rank_errors(ranks, fitted) if not is_last]
+    if whole:
+        text += f"; whole ranks of the 456B layouts, communication left out, are off by {min(whole):+.0%} to {max(whole):+.0%}"
+    text += "; communication, bubbles and overlap were not measured"
+    found = asdict(replace(rates, calibration=text))
+    print(json.dumps(found, indent=1))
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def fit_layers(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) -> Rates:
+    """The default rates with those of the layers fitted. rows: points of benchmarks.long_context on `device`."""
+    lightning = []
+    equations: list[tuple[list[float], float]] = []
+    for point, row in _measured(rows):
+        terms = _terms(point, model, device)
+        if point.kind == "lightning":
+            lightning.append((row["forward_s"] + row["backward_s"]) / sum(terms.values()))
+            continue
+        # x = (factor of the rest, seconds per default second of the kernel forward, the same backward)
+        plain = _terms(replace(point, recompute="none"), model, device)
+        rest, kernel = sum(plain.values()) - plain["softmax"], plain["softmax"]
+        rates = device.rates
+        forward = kernel / (1 + 2.5 * rates.softmax_tflops / rates.softmax_backward_tflops)
+        again = sum(terms.values()) - terms["softmax"] - rest
+        repeated = forward if point.recompute == "selective" else 0.0
+        equations.append(([rest / 3, forward, 0.0], row["forward_s"]))
+        equations.append(([2 * rest / 3 + again, repeated, kernel - forward], row["backward_s"]))
+    matrix = torch.tensor([[c / seconds for c in row] for row, seconds in equations], dtype=torch.float64)
+    factor, kernel_forward, kernel_backward = (
+        torch.linalg.lstsq(matrix, torch.ones(len(matrix), 1).double()).solution.flatten().tolist()
+    )
+    return replace(
+        device.rates,
+        lightning_layer=statistics.median(lightning),
+        softmax_layer=factor,
+        softmax_tflops=device.rates.softmax_tflops / kernel_forward,
+        softmax_backward_tflops=device.rates.softmax_backward_tflops / kernel_backward,
+    )
+
+
+def fit_head(results: list[dict[str, Any]], rates: Rates, device: Cluster) -> Rates:
+    """`rates` with that of the fp32 head from the last stages of benchmarks.any_rank; as they are if there is none."""
+    found = []
+    for config, row, is_last in _ranks(results):
+        if is_last:
+            terms = stage_seconds(config, replace(device, rates=rates, gpus=_world(config)))[row["stage"]]
+            head = row["measured"]["micro_batch_s"] - sum(terms[name] for name in COMPUTE if name != "head")
+            found.append(rates.fp32_tflops * terms["head"] / head)
+    positive = [rate for rate in found if rate > 0]
+    return replace(rates, fp32_tflops=statistics.median(positive)) if positive else rates
+
+
+def layer_errors(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) -> Iterator[float]:
+    """Relative error, without sign, of every layer."""
+    for point, row in _measured(rows):
+        yield abs(sum(_terms(point, model, device).values()) / (row["forward_s"] + row["backward_s"]) - 1)
+
+
+def rank_errors(results: list[dict[str, Any]], device: Cluster) -> Iterator[tuple[float, bool]]:
+    """(estimate over measurement, less 1; whether it is a last stage) of every rank's micro-batch without communication."""
+    for config, row, is_last in _ranks(results):
+        terms = stage_seconds(config, replace(device, gpus=_world(config)))[row["stage"]]
+        yield sum(terms[name] for name in COMPUTE) / row["measured"]["micro_batch_s"] - 1, is_last
+
+
+def _measured(rows: list[dict[str, Any]]) -> Iterator[tuple[Point, dict[str, Any]]]:
+    return ((Point(**row["point"]), row) for row in rows if "forward_s" in row)
+
+
+def _terms(point: Point, model: ModelConfig, device: Cluster) -> dict[str, float]:
+    config = layer_config(point, model, EXPERTS)
+    terms = stage_seconds(config, replace(device, gpus=STAGES * point.tensor * point.context * EXPERTS))[1]
+    return {name: terms[name] for name in COMPUTE}
+
+
+def _ranks(results: list[dict[str, Any]]) -> Iterator[tuple[Config, dict[str, Any], bool]]:
+    for result in results:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump(result["config"], file)
+            file.flush()
+            config = from_yaml(file.name)
+        for row in result["ranks"]:
+            if "measured" in row:
+                yield config, row, row["stage"] == config.parallel.pipeline - 1
+
+
+def _world(config: Config) -> int:
+    """A number of GPUs that the layout divides: the work of a rank does not depend on it."""
+    parallel = config.parallel
+    return parallel.tensor * parallel.pipeline * parallel.context * parallel.expert
+
+
+if __name__ == "__main__":
+    sys.exit(main())

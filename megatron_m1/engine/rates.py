@@ -1,0 +1,62 @@
+"""The rates at which one Hopper GPU is taken to work, and where each comes from."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from megatron_m1.config.errors import ConfigError
+
+__all__ = ["Rates", "read_rates"]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Defaults: "measured" is on an H200, kernel by kernel. H100 and H800 have the same tensor cores; what is bound by memory scales
+    with its bandwidth. Launches, waiting and unbalanced experts are not counted."""
+
+    dense_tflops: float = 700.0
+    """bf16 matrix products, measured 700-800."""
+    grouped_tflops: float = 600.0
+    """torch's grouped_mm at M1's expert shapes from 1024 rows an expert on, measured 600-666."""
+    grouped_small_tflops: float = 410.0
+    """The same with 256 rows an expert, measured 410-450."""
+    softmax_tflops: float = 554.0
+    """Causal flash attention, forward, 65,536 tokens, 64 heads of 128: measured 127 ms."""
+    softmax_backward_tflops: float = 390.0
+    """Assumed: 0.7 of the forward's rate."""
+    fp32_tflops: float = 50.0
+    """The head without TF32, assumed: three quarters of the data sheet's 67."""
+    copy_share: float = 4.3 / 4.8
+    """Of the data sheet's memory bandwidth that a copy reaches, measured."""
+    nvlink_share: float = 0.8
+    """Of the link, one direction: the 160 of 200 GB/s that the DeepSeek-V3 report counts on for the H800."""
+    network_share: float = 0.8
+    """Assumed."""
+    lightning_layer: float = 1.0
+    """Seconds of a whole lightning layer, forward and backward, over the sum of its terms."""
+    softmax_layer: float = 1.0
+    """The same of a softmax layer without its attention kernel."""
+    calibration: str = (
+        "not calibrated end to end: the one step that was measured, examples/configs/single_gpu.yaml on an H100 with the torch path "
+        "of lightning attention, took 2.4 times its estimate"
+    )
+    """What sums of these terms were compared with, and the error."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "calibration" and not (isinstance(value, int | float) and value > 0):
+                raise ConfigError(f"{field.name}={value} of the rates must be a number above 0.")
+
+
+def read_rates(path: str | Path) -> Rates:
+    """Rates from a JSON file with any of the fields of `Rates`; the others keep their defaults. Raises ConfigError."""
+    try:
+        given = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--rates={path} cannot be read: {error}; name a JSON file.") from None
+    known = asdict(Rates())
+    unknown = sorted(set(given) - set(known)) if isinstance(given, dict) else ["(no mapping)"]
+    if unknown:
+        raise ConfigError(f"--rates={path} holds {', '.join(unknown)}; it may hold {', '.join(known)}.")
+    return Rates(**given)
