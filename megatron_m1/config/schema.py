@@ -104,8 +104,9 @@ class ParallelConfig:
     layout), padded to a multiple of 2 * context tokens, and the packs of a step to the longest of them."""
     context_lightning: Literal["auto", "ring", "all_gather"] = "auto"
     """How lightning states travel over the context-parallel ranks. `auto`: all_gather up to 64 MiB per rank and layer, else ring."""
-    context_softmax: Literal["auto", "ring", "all_gather"] = "auto"
-    """How keys and values of the softmax layers travel. `auto`: all_gather up to 64 MiB for the whole sequence, else ring."""
+    context_softmax: Literal["auto", "ring", "all_gather", "transformer_engine"] = "auto"
+    """How keys and values of the softmax layers travel. `auto`: all_gather up to 64 MiB for the whole sequence, else ring.
+    `transformer_engine`: attention and ring are Transformer Engine's (packs: with context_layout=document)."""
     expert: int = 1
     expert_tensor: int | None = None
     """None: the same as `tensor`."""

@@ -179,6 +179,15 @@ def _context(config: Config) -> Iterator[str]:
             "parallel.context_layout=document gives data-parallel ranks different numbers of tokens, which moe.dispatcher=allgather "
             "cannot gather; use alltoall."
         )
+    if parallel.context_softmax != "transformer_engine" or parallel.context == 1:
+        return
+    if parallel.context_layout == "sequence" and config.data.document_boundaries == "reset":
+        yield (
+            "parallel.context_softmax=transformer_engine cuts packs by document, not as parallel.context_layout=sequence does; set that "
+            "to document."
+        )
+    if config.training.precision == "fp32":
+        yield "parallel.context_softmax=transformer_engine needs training.precision=bf16; set it, or use auto, ring or all_gather."
 
 
 def _pipeline(config: Config) -> Iterator[str]:

@@ -4,11 +4,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_m1.parallel import SequenceLayout, SequenceParams
+from megatron_m1.parallel import Padding, SequenceLayout, SequenceParams, pad_documents
 
 __all__ = ["MicroBatch"]
+
+FILLS = {"padding_mask": True, "routing": -1}
+"""What a tensor holds at padding between documents; 0 for all others."""
 
 
 @dataclass
@@ -27,6 +31,8 @@ class MicroBatch:
     """[b, s] bool, True where a token is padding."""
     per_token: dict[str, Tensor] = field(default_factory=dict)
     """What a stage's own loss reads, [b, s] each."""
+    places: Tensor | None = None
+    """int64, where the caller's tokens lie among the s of all context-parallel ranks; None: all of them are the caller's."""
 
     @staticmethod
     def shape(batch: dict[str, Any]) -> tuple[int, int]:
@@ -35,8 +41,19 @@ class MicroBatch:
         return (1, rows * length) if batch.get("cu_seqlens") is not None else (rows, length)
 
     @classmethod
+    def padded_tokens(cls, batch: dict[str, Any], *, unit: int) -> int:
+        """Tokens of a pack whose documents are padded to multiples of `unit`, of all context-parallel ranks together."""
+        return pad_documents(batch["cu_seqlens"].tolist(), tokens=cls.shape(batch)[1], unit=unit).tokens
+
+    @classmethod
     def from_dict(
-        cls, batch: dict[str, Any], device: torch.device, *, context_rank: int = 0, context_size: int = 1
+        cls,
+        batch: dict[str, Any],
+        device: torch.device,
+        *,
+        context_rank: int = 0,
+        context_size: int = 1,
+        padded_tokens: int | None = None,
     ) -> "MicroBatch":
         """This rank's part of the data floor's dict, which is the same on all context-parallel ranks.
 
@@ -44,6 +61,8 @@ class MicroBatch:
         routing [b, T, layers, top_k] (see SequenceParams).
         Under context parallelism a pack is cut as a whole (`SequenceLayout.pack`), rows of a dense batch one by one; b*T, or T, must
         be a multiple of 2 * context_size.
+        padded_tokens: a multiple of 2 * context_size; every document of a pack is then cut by itself (`SequenceLayout.per_document`),
+        padded to such multiples, and the pack to `padded_tokens`.
         """
         keys = ["tokens", "labels", "loss_mask", "position_ids"]
         if batch.get("padding_mask") is not None:
@@ -53,8 +72,15 @@ class MicroBatch:
         tensors = {key: value.reshape(shape) for key, value in ({k: batch[k] for k in keys} | per_token).items()}
         if batch.get("routing") is not None:
             tensors["routing"] = batch["routing"].reshape(*shape, *batch["routing"].shape[2:])
+        padding = None
+        if padded_tokens is not None:
+            tensors.setdefault("padding_mask", torch.zeros(shape, dtype=torch.bool))
+            keys = list(dict.fromkeys([*keys, "padding_mask"]))
+            cu_seqlens, unit = batch["cu_seqlens"].tolist(), 2 * context_size
+            padding = pad_documents(cu_seqlens, tokens=shape[1], unit=unit, length=padded_tokens)
+            tensors = {key: padding.apply(value, FILLS.get(key, 0)) for key, value in tensors.items()}
         if context_size > 1:
-            layout = _layout(batch, shape, context_rank, context_size)
+            layout = _layout(batch, shape, padding, context_rank, context_size)
             params: SequenceParams | None = SequenceParams(qkv_format="thd" if layout.packed else "sbhd", layout=layout)
             tensors = {key: layout.partition(value, 1) for key, value in tensors.items()}
         else:
@@ -67,11 +93,26 @@ class MicroBatch:
             **{key: tensors[key] for key in keys},
             packed=params,
             per_token={key: tensors[key] for key in per_token},
+            places=None if padding is None else padding.places().to(device),
         )
 
+    def gather(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """x [b, s] of all ranks of the context-parallel group as one [b, T] in the order of the caller's tokens (T of a pack: b*T)."""
+        if group.size() == 1:
+            return x
+        assert self.packed is not None and self.packed.layout is not None
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        whole = self.packed.layout.unpartition(torch.cat(parts, dim=1), 1)
+        return whole if self.places is None else whole.index_select(1, self.places)
 
-def _layout(batch: dict[str, Any], shape: tuple[int, int], rank: int, world: int) -> SequenceLayout:
+
+def _layout(
+    batch: dict[str, Any], shape: tuple[int, int], padding: Padding | None, rank: int, world: int
+) -> SequenceLayout:
     rows, tokens = shape
+    if padding is not None:
+        return SequenceLayout.per_document(world=world, rank=rank, cu_seqlens=padding.cu_seqlens)
     if batch.get("cu_seqlens") is None:
         return SequenceLayout.dense(world=world, rank=rank, rows=rows, tokens=tokens)
     return SequenceLayout.pack(world=world, rank=rank, cu_seqlens=batch["cu_seqlens"].tolist(), tokens=tokens)

@@ -160,12 +160,14 @@ class Trainer:
     def _run(self, micro_batches: list[dict[str, Any]], *, forward_only: bool, loss: Callable) -> list[Tensor]:
         """What `loss(nll [b, s], batch=...)` returns last, for each micro-batch; empty on pipeline stages before the last."""
         rows, length = MicroBatch.shape(micro_batches[0])
+        padded = self._padded_tokens(micro_batches)
         # Each chunk brings its micro-batches to the device as it comes to them: a step can have a thousand.
         to_device = partial(
             MicroBatch.from_dict,
             device=self.device,
             context_rank=self.groups.cp.rank(),
             context_size=self.groups.cp.size(),
+            padded_tokens=padded,
         )
         batches = [map(to_device, micro_batches) for _ in self.models]
         for model in self.models:
@@ -177,12 +179,23 @@ class Trainer:
             data_iterator=_one_or_list(batches),
             model=self.models,
             num_microbatches=len(micro_batches),
-            seq_length=length,
+            seq_length=padded or length,
             micro_batch_size=rows,
             forward_only=forward_only,
             pg_collection=self.groups if self.groups.pp.size() == 1 else None,
             force_all_reduce=False if forward_only else self.force_all_reduce,
         )
+
+    def _padded_tokens(self, micro_batches: list[dict[str, Any]]) -> int | None:
+        """With parallel.context_layout=document the tokens that every pack of `micro_batches` is padded to: pipeline stages hand on
+        tensors of one size, and tensor-parallel ranks split them."""
+        parallel = self.config.parallel
+        if parallel.context_layout != "document" or micro_batches[0].get("cu_seqlens") is None:
+            return None
+        unit = 2 * parallel.context
+        longest = max(MicroBatch.padded_tokens(batch, unit=unit) for batch in micro_batches)
+        shared = math.lcm(unit, parallel.tensor * parallel.context)
+        return -(-longest // shared) * shared
 
     def _start_grad_sync(self, model: DistributedDataParallel, parameters: Iterable[Tensor]) -> None:
         """What core's DistributedDataParallel.start_grad_sync does, which cannot be told to reduce in full."""
@@ -265,10 +278,7 @@ def _masked_loss(nll: Tensor, *, batch: MicroBatch, scale: float) -> tuple[Tenso
 
 def _log_probabilities(nll: Tensor, *, batch: MicroBatch, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """As `_masked_loss`, with the log-probabilities of the whole micro-batch, all context-parallel ranks' parts in order."""
-    if group.size() > 1:
-        parts = [torch.empty_like(nll) for _ in range(group.size())]
-        dist.all_gather(parts, nll, group=group)
-        nll = batch.packed.layout.unpartition(torch.cat(parts, dim=1), 1)
+    nll = batch.gather(nll, group)
     return nll.sum(), torch.ones((), dtype=torch.int, device=nll.device), -nll
 
 

@@ -12,6 +12,7 @@ from megatron_m1.model.lightning import column_linear, row_linear
 from megatron_m1.model.transformer_config import M1TransformerConfig
 from megatron_m1.parallel import SequenceParams
 from megatron_m1.parallel.ring_attention import ring_attention
+from megatron_m1.parallel.transformer_engine import TransformerEngineAttention
 
 __all__ = ["SoftmaxAttention", "apply_rotary", "rotary_table"]
 
@@ -56,6 +57,15 @@ class SoftmaxAttention(MegatronModule):
         self.queries_per_group = m1.num_attention_heads // m1.num_key_value_heads
         self.local_groups = m1.num_key_value_heads // group.size()
         self.context_group, self.context_method = pg_collection.cp, config.context_softmax
+        self.transformer_engine = None
+        if self.context_method == "transformer_engine" and self.context_group.size() > 1:
+            self.transformer_engine = TransformerEngineAttention(
+                heads=self.local_groups * self.queries_per_group,
+                key_heads=self.local_groups,
+                head_dim=self.head_dim,
+                scale=self.head_dim**-0.5,
+                group=self.context_group,
+            )
         width = m1.num_key_value_heads * (self.queries_per_group + 2) * m1.head_dim
         self.qkv_proj = column_linear(config, m1.hidden_size, width, group)
         self.o_proj = row_linear(config, m1.num_attention_heads * m1.head_dim, m1.hidden_size, group)
@@ -90,6 +100,8 @@ class SoftmaxAttention(MegatronModule):
         v, scale = qkv[:, :, :, -1], self.head_dim**-0.5
         if cache is not None:
             out = cache.softmax(self.layer_number, q, k, v, scale=scale)
+        elif packed is not None and packed.layout is not None and self.transformer_engine is not None:
+            out = self.transformer_engine(q, k, v, packed.layout)
         elif packed is not None and packed.layout is not None:
             method = _method(self.context_method, k, world=packed.layout.world)
             out = ring_attention(q, k, v, scale=scale, group=self.context_group, layout=packed.layout, method=method)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Piece", "SequenceLayout"]
+__all__ = ["Padding", "Piece", "SequenceLayout", "pad_documents"]
 
 T = TypeVar("T")
 
@@ -160,6 +160,50 @@ class SequenceLayout:
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A pack whose documents are padded, each at its end."""
+
+    cu_seqlens: list[int]
+    """Of the padded documents."""
+    sources: Tensor
+    """int64 [padded tokens], place of each token in the pack as it was; -1: padding."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.sources)
+
+    def apply(self, x: Tensor, fill: float | bool) -> Tensor:
+        """[1, padded tokens, ...] from x [1, tokens, ...], `fill` between."""
+        padded = x.index_select(1, self.sources.clamp(min=0))
+        padded[:, self.sources < 0] = fill
+        return padded
+
+    def places(self) -> Tensor:
+        """int64 [tokens], place of each token of the pack among the padded ones."""
+        return (self.sources >= 0).nonzero().squeeze(1)
+
+
+def pad_documents(cu_seqlens: Sequence[int], *, tokens: int, unit: int, length: int | None = None) -> Padding:
+    """Every document of a pack [1, tokens] padded to a multiple of `unit`; what lies behind cu_seqlens[-1] is one more document.
+
+    length: tokens of the result, a multiple of `unit`; what is missing is one more document, of padding. None: no more than needed.
+    Raises ValueError where the documents do not fit in `length`.
+    """
+    edges = _edges(cu_seqlens, tokens)
+    lengths = [end - first for first, end in itertools.pairwise(edges)]
+    padded = [-(-n // unit) * unit for n in lengths]
+    if length is not None and length != sum(padded):
+        if length < sum(padded):
+            raise ValueError(f"documents padded to multiples of {unit} have {sum(padded)} tokens, more than {length}")
+        padded, edges, lengths = [*padded, length - sum(padded)], [*edges, tokens], [*lengths, 0]
+    sources = torch.full((sum(padded),), -1)
+    starts = [0, *itertools.accumulate(padded)]
+    for first, start, n in zip(edges, starts, lengths):
+        sources[start : start + n] = torch.arange(first, first + n)
+    return Padding(starts, sources)
 
 
 def _chunks_of(rank: int, world: int) -> tuple[int, int]:

@@ -8,14 +8,14 @@ import torch
 
 from megatron_m1.platform import is_cuda
 
-__all__ = ["SideStream"]
+__all__ = ["SideStream", "side_stream"]
 
 
 class SideStream:
     """A second queue on the device: `fork`, then any number of `queue` blocks, then `join`. On CPU all of it is the main queue."""
 
     def __init__(self) -> None:
-        self._stream = _side_stream() if is_cuda() else None
+        self._stream = side_stream() if is_cuda() else None
 
     def fork(self, *inputs: torch.Tensor) -> None:
         """What is queued from now on starts when the main queue has done its work up to here; it may read `inputs`."""
@@ -43,6 +43,6 @@ class SideStream:
 
 
 @functools.cache
-def _side_stream() -> torch.cuda.Stream:
+def side_stream() -> torch.cuda.Stream:
     """One for the process: work that goes beside the main queue keeps its own order."""
     return torch.cuda.Stream()

@@ -221,12 +221,6 @@ def _token_loss(
         settings=settings,
         rollout_logp=values.get("rollout_logp"),
     )
-    marks = output.capped
-    if context.size() > 1:
-        parts = [torch.empty_like(marks) for _ in range(context.size())]
-        dist.all_gather(parts, marks.contiguous(), group=context)
-        assert batch.packed is not None and batch.packed.layout is not None
-        marks = batch.packed.layout.unpartition(torch.cat(parts, dim=1), 1)
-    capped.append(marks)
+    capped.append(batch.gather(output.capped, context))
     figures = torch.cat([output.loss.detach().double().view(1), output.stats.as_tensor()])
     return output.loss, torch.ones((), dtype=torch.int, device=nll.device), figures

@@ -8,8 +8,15 @@ import torch
 
 from megatron_m1.engine import batch as batch_module
 from megatron_m1.engine import trainer as trainer_module
-from megatron_m1.engine.equality import LAYOUTS, RankResult, compare, equality_config, run_layout
-from megatron_m1.parallel import lightning_exchange
+from megatron_m1.engine.equality import (
+    LAYOUTS,
+    RankResult,
+    compare,
+    equality_batches,
+    equality_config,
+    run_layout,
+)
+from megatron_m1.parallel import destroy_groups, init_groups, lightning_exchange
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from tests.distributed import checkpoint_runs
 from tests.distributed.lightning_cases import (
@@ -30,6 +37,8 @@ TESTED = (
     "CP2xPP2, VPP2",
     "CP2xEP2",
     "CP2, ring, recompute full",
+    "CP2, by document",
+    "CP2xPP2, by document",
 )
 
 
@@ -83,6 +92,22 @@ def test_layout_equals_one_rank(name, ranks, references):
     world, parallel, training = LAYOUTS[name]
     results = ranks(world, run_layout, equality_config(parallel, training), STEPS)
     assert worst(references[bool(training.get("dense"))], results) <= BOUND
+
+
+def scores(rank: int, world: int, config) -> list[torch.Tensor]:
+    """Log-probabilities of every label of the first step's micro-batches."""
+    groups = init_groups(config.parallel, seed=config.training.seed)
+    found = trainer_module.Trainer(config, groups, train=False).score(equality_batches(config, 0))
+    destroy_groups()
+    return found
+
+
+@pytest.mark.parametrize("layout", ["sequence", "document"])
+def test_scores_equal_one_rank(layout, ranks):
+    whole = ranks(1, scores, equality_config({}, {}))[0]
+    for found in ranks(2, scores, equality_config({"context": 2, "context_layout": layout}, {})):
+        for a, b in zip(found, whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=BOUND, atol=BOUND)
 
 
 def _entry_states_dropped():

@@ -61,6 +61,31 @@ BROKEN = [
         "parallel.tensor=4); use 2048 or 2056.",
     ),
     (
+        8,
+        "parallel.context_layout=document",
+        "parallel.context_layout=document needs parallel.context above 1; set it to sequence or raise parallel.context.",
+    ),
+    (
+        8,
+        "parallel.context_layout=document parallel.context=2 data.document_boundaries=ignore",
+        "parallel.context_layout=document cuts documents, but with data.document_boundaries=ignore a sequence has none",
+    ),
+    (
+        8,
+        "parallel.context_layout=document parallel.context=2 parallel.expert=2 moe.dispatcher=allgather",
+        "which moe.dispatcher=allgather cannot gather; use alltoall.",
+    ),
+    (
+        8,
+        "parallel.context_softmax=transformer_engine parallel.context=2",
+        "cuts packs by document, not as parallel.context_layout=sequence does; set that to document.",
+    ),
+    (
+        8,
+        "parallel.context_softmax=transformer_engine parallel.context=2 parallel.context_layout=document training.precision=fp32",
+        "parallel.context_softmax=transformer_engine needs training.precision=bf16; set it, or use auto, ring or all_gather.",
+    ),
+    (
         6,
         "parallel.tensor=2 parallel.pipeline=2",
         "world_size=6 must be a multiple of parallel.tensor*pipeline*context=2*2*1=4; start 4 or 8 processes",

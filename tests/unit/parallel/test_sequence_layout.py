@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_m1.parallel import SequenceLayout
+from megatron_m1.parallel import SequenceLayout, pad_documents
 
 CPU = torch.device("cpu")
 EDGES = [0, 3, 3, 4, 21, 24, 40]
@@ -87,3 +87,16 @@ def test_what_cannot_be_laid_out():
         SequenceLayout.per_document(world=2, rank=0, cu_seqlens=[0, 4, 10])
     with pytest.raises(ValueError, match="must start at 0, never fall, and end at or before T=16"):
         SequenceLayout.pack(world=2, rank=0, cu_seqlens=[0, 8, 24], tokens=16)
+
+
+def test_documents_are_padded_at_their_ends():
+    pack = torch.arange(100, 111).view(1, -1)
+    padding = pad_documents([0, 3, 3, 7], tokens=11, unit=4, length=16)
+    assert padding.cu_seqlens == [0, 4, 4, 8, 12, 16]
+    expected = [100, 101, 102, -1, 103, 104, 105, 106, 107, 108, 109, 110, -1, -1, -1, -1]
+    padded = padding.apply(pack, -1)
+    assert padded.tolist() == [expected]
+    assert torch.equal(padded.index_select(1, padding.places()), pack)
+    assert pad_documents([0, 3, 3, 7], tokens=11, unit=4).cu_seqlens == [0, 4, 4, 8, 12]
+    with pytest.raises(ValueError, match="have 12 tokens, more than 8"):
+        pad_documents([0, 3, 3, 7], tokens=11, unit=4, length=8)
