@@ -27,7 +27,7 @@ from megatron_m1.engine.cluster import Cluster
 from megatron_m1.model.build import routers
 from megatron_m1.parallel import destroy_groups, init_groups
 
-__all__ = ["Received", "Sent", "balance_routing", "fake_rank", "fill_weights"]
+__all__ = ["Arrivals", "Received", "balance_routing", "fake_rank", "fill_weights"]
 
 RECEIVED_STD = 0.02
 BALANCED_LOGIT = 100.0
@@ -54,7 +54,7 @@ class Received:
         return model(self.received_bytes, peers=self.peers, stride=self.stride)
 
 
-class Sent:
+class Arrivals:
     """Counts since the last `take`."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Sent:
 @contextmanager
 def fake_rank(
     rank: int, world_size: int, parallel: ParallelConfig, *, seed: int = 1
-) -> Iterator[tuple[ProcessGroupCollection, Sent]]:
+) -> Iterator[tuple[ProcessGroupCollection, Arrivals]]:
     """Process groups of `rank` in a job of `world_size` with the layout `parallel`, and the counts of what it would receive.
 
     torch.distributed must not be initialised; afterwards it is not.
@@ -95,15 +95,15 @@ def fake_rank(
 
     platform.select_device()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    sent = Sent()
+    arrivals = Arrivals()
     try:
-        with _supplied(sent):
+        with _supplied(arrivals):
             groups = init_groups(parallel, seed=seed)
             for name in _GROUPS:
                 if getattr(groups, name, None) is not None:
-                    sent.names.setdefault(tuple(dist.get_process_group_ranks(getattr(groups, name))), name)
-            sent.take()
-            yield groups, sent
+                    arrivals.names.setdefault(tuple(dist.get_process_group_ranks(getattr(groups, name))), name)
+            arrivals.take()
+            yield groups, arrivals
     finally:
         destroy_groups()
         dist.destroy_process_group()
@@ -144,7 +144,7 @@ def fill_weights(models: list[torch.nn.Module], *, std: float = 0.02) -> None:
 
 
 @contextmanager
-def _supplied(sent: Sent) -> Iterator[None]:
+def _supplied(arrivals: Arrivals) -> Iterator[None]:
     group_type: Any = dist.ProcessGroup
     all_reduce = group_type.allreduce
 
@@ -157,22 +157,22 @@ def _supplied(sent: Sent) -> Iterator[None]:
 
     def allreduce(group: Any, tensors: list[Tensor], *options: Any) -> Any:
         n = group.size()
-        sent.add(ranks(group), "all_reduce", 2 * (n - 1) / n * sum(t.nbytes for t in tensors))
+        arrivals.add(ranks(group), "all_reduce", 2 * (n - 1) / n * sum(t.nbytes for t in tensors))
         return done(group)
 
     def broadcast(group: Any, tensors: list[Tensor], *options: Any) -> Any:
-        sent.add(ranks(group), "broadcast", sum(t.nbytes for t in tensors))
+        arrivals.add(ranks(group), "broadcast", sum(t.nbytes for t in tensors))
         return done(group)
 
     def gather_base(group: Any, output: Tensor, x: Tensor, *options: Any) -> Any:
-        sent.add(ranks(group), "all_gather", output.nbytes - x.nbytes)
+        arrivals.add(ranks(group), "all_gather", output.nbytes - x.nbytes)
         if not _same_memory(output, x):
             _repeat(output, x)
         return done(group)
 
     def gather(group: Any, outputs: list[list[Tensor]], inputs: list[Tensor], *options: Any) -> Any:
         for parts, x in zip(outputs, inputs, strict=True):
-            sent.add(ranks(group), "all_gather", sum(part.nbytes for part in parts) - x.nbytes)
+            arrivals.add(ranks(group), "all_gather", sum(part.nbytes for part in parts) - x.nbytes)
             for part in parts:
                 if not _same_memory(part, x):
                     _repeat(part, x)
@@ -184,7 +184,7 @@ def _supplied(sent: Sent) -> Iterator[None]:
         return done(group)
 
     def scatter_base(group: Any, output: Tensor, x: Tensor, *options: Any) -> Any:
-        sent.add(ranks(group), "reduce_scatter", x.nbytes - output.nbytes)
+        arrivals.add(ranks(group), "reduce_scatter", x.nbytes - output.nbytes)
         if not _same_memory(output, x):
             with torch.no_grad():
                 output.copy_(x.chunk(group.size())[group.rank()])
@@ -196,7 +196,7 @@ def _supplied(sent: Sent) -> Iterator[None]:
         return done(group)
 
     def all_to_all(group: Any, output: Tensor, x: Tensor, *splits: Any) -> Any:
-        sent.add(ranks(group), "all_to_all", output.nbytes * (group.size() - 1) / group.size())
+        arrivals.add(ranks(group), "all_to_all", output.nbytes * (group.size() - 1) / group.size())
         _repeat(output, x)
         return done(group)
 
@@ -205,7 +205,7 @@ def _supplied(sent: Sent) -> Iterator[None]:
 
     def receive(group: Any, tensors: list[Tensor], peer: int, tag: int) -> Any:
         pair = sorted((dist.get_rank(), dist.get_global_rank(group, peer)))
-        sent.add(tuple(pair), "receive", sum(t.nbytes for t in tensors))
+        arrivals.add(tuple(pair), "receive", sum(t.nbytes for t in tensors))
         with torch.no_grad():
             for tensor in tensors:
                 tensor.normal_(std=RECEIVED_STD)

@@ -38,7 +38,7 @@ from megatron_m1.config.schema import ModelConfig, ParallelConfig, TrainingConfi
 platform.setup()
 
 from benchmarks.any_rank import device_kind, environment, now, why  # noqa: E402
-from benchmarks.fake_ranks import RECEIVED_STD, Sent, balance_routing, fake_rank, fill_weights  # noqa: E402
+from benchmarks.fake_ranks import RECEIVED_STD, Arrivals, balance_routing, fake_rank, fill_weights  # noqa: E402
 from megatron_m1.engine.batch import MicroBatch  # noqa: E402
 from megatron_m1.engine.cluster import DEVICES, Cluster  # noqa: E402
 from megatron_m1.engine.step_time import COMPUTE, stage_seconds  # noqa: E402
@@ -241,7 +241,7 @@ def micro_batch(config: Config, *, rank: int) -> MicroBatch:
     return MicroBatch.from_dict(batch, platform.device(), context_rank=rank, context_size=config.parallel.context)
 
 
-def timed(forward: Callable[[], torch.Tensor], gradient: torch.Tensor, received: Sent) -> dict[str, Any]:
+def timed(forward: Callable[[], torch.Tensor], gradient: torch.Tensor, received: Arrivals) -> dict[str, Any]:
     """forward_s, backward_s, kept_bytes and peak_bytes (None on CPU), rounds, and `received` by one call."""
     first = one_call(forward, gradient)
     received.take()

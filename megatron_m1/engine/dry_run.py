@@ -161,8 +161,8 @@ def _time(config: Config, world_size: int) -> str:
     shares = ", ".join(f"{name} {seconds / time.total:.1%}" for name, seconds in terms if seconds > time.total / 1000)
     return (
         f"{time.total:.4g} s, {rate:.4g} tokens/s and GPU, {use:.1%} MFU: {shares}\n"
-        "from rates measured or assumed one by one (engine/cluster.py), not calibrated end to end; "
-        "tools/plan_layout.py takes other GPUs and compares layouts"
+        f"a sum of terms (rates of engine/rates.py), {cluster.rates.calibration}; "
+        "tools/plan_layout.py takes other GPUs and rates and compares layouts"
     )
 
 
