@@ -1,6 +1,7 @@
 """Work that the device repeats without the host queueing its kernels again."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,6 @@ class GraphPool:
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()
 
 
 class DeviceGraph:
@@ -26,8 +26,9 @@ class DeviceGraph:
 
     def __init__(self, call: Callable[[], torch.Tensor | None], pool: GraphPool) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        pool.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(pool.stream):
+        stream = _recording_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             # thread_local: other threads (NCCL's watchdog) may go on using the device.
             self._graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
             try:
@@ -37,9 +38,15 @@ class DeviceGraph:
                     self._graph.capture_end()
                 raise
             self._graph.capture_end()
-        torch.cuda.current_stream().wait_stream(pool.stream)
+        torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self) -> torch.Tensor | None:
         """Queues the work; the tensor that `call` returned then holds the new result."""
         self._graph.replay()
         return self._result
+
+
+@functools.cache
+def _recording_stream() -> torch.cuda.Stream:
+    """One for the process: cuBLAS keeps a workspace for every stream it has seen."""
+    return torch.cuda.Stream()
