@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["bootstrap", "crossing", "draw", "table"]
+__all__ = ["crossing", "difference", "draw", "table"]
 
 LEVEL = 0.5
 PANELS = (("fork", "probability of the fork token"), ("accuracy", "accuracy"), ("entropy", "entropy, nats per token"))
@@ -19,13 +19,16 @@ def crossing(history: Sequence[dict[str, float]]) -> int:
     return next((number for number, point in enumerate(history) if point["fork"] > LEVEL), len(history))
 
 
-def bootstrap(values: Sequence[float], *, confidence: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
-    """Percentile interval of the mean over seeds, with fixed random numbers; somewhat too narrow for so few."""
+def difference(values: Sequence[float], digits: int, *, draws: int = 10_000) -> str:
+    """Mean over seeds and its 95% percentile bootstrap interval, `tie` if 0 lies in it; somewhat narrow for a handful of seeds."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:+.{digits}f} (one seed: no interval)"
     data = torch.tensor(values, dtype=torch.float64)
     chosen = torch.randint(len(data), (draws, len(data)), generator=torch.Generator().manual_seed(0))
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = data[chosen].mean(dim=1).quantile(tails).tolist()
-    return low, high
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{' tie' if low <= 0 <= high else ''}"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -69,7 +72,7 @@ def _row(lr: float, name: str, runs: dict[int, Any], reference: dict[int, Any] |
         both = sorted(runs.keys() & reference.keys())
         measures = (crossing, lambda history: history[-1]["accuracy"])
         for column, measure in enumerate(measures):
-            against[column] = _difference([measure(runs[s]) - measure(reference[s]) for s in both], 2 + column)
+            against[column] = difference([measure(runs[s]) - measure(reference[s]) for s in both], 2 + column)
     cells = [
         f"{lr:g}", name, str(len(runs)), speed, against[0], _span(final["accuracy"], 3), against[1],
         _span(worst, 3) if worst else "", _span(final["entropy"], 3),
@@ -80,12 +83,6 @@ def _row(lr: float, name: str, runs: dict[int, Any], reference: dict[int, Any] |
 def _span(values: Sequence[float], digits: int) -> str:
     mean = statistics.fmean(values)
     return f"{mean:.{max(digits, 1)}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-
-
-def _difference(values: Sequence[float], digits: int) -> str:
-    low, high = bootstrap(values)
-    verdict = " tie" if low <= 0 <= high else ""
-    return f"{statistics.fmean(values):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{verdict}"
 
 
 def _control(results: dict[str, Any]) -> list[str]:

@@ -5,26 +5,20 @@ responses; after FORK it knows the sum, after DIRECT it guesses. Rollouts, advan
 megatron_m1; only the problem and its exact evaluation are written here.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_m1 import platform
+from benchmarks.rl_policy import ARMS, fresh_trainer, sampled
 from megatron_m1.config.schema import Config, ModelConfig, MoEConfig, OptimizerConfig, RLConfig, TrainingConfig
-
-platform.setup()
-
-from megatron_m1.engine.trainer import Trainer  # noqa: E402
-from megatron_m1.generation.engine import Engine  # noqa: E402
-from megatron_m1.generation.requests import Request, Sampling, request_seed  # noqa: E402
-from megatron_m1.parallel import destroy_groups, init_groups  # noqa: E402
-from megatron_m1.rl.losses import PRESETS, LossSettings  # noqa: E402
-from megatron_m1.rl.samples import Sample, sample_of  # noqa: E402
-from megatron_m1.rl.tasks import Task  # noqa: E402
-from megatron_m1.rl.update import PolicyBatch  # noqa: E402
+from megatron_m1.engine.trainer import Trainer
+from megatron_m1.generation.requests import request_seed
+from megatron_m1.parallel import destroy_groups
+from megatron_m1.rl.losses import LossSettings
+from megatron_m1.rl.samples import Sample
+from megatron_m1.rl.update import PolicyBatch
 
 __all__ = ["ARMS", "Figures", "supervised_start", "train"]
 
@@ -34,14 +28,6 @@ TOKENS = PROMPT_TOKENS + RESPONSE_TOKENS - 1
 PROMPTS, SAMPLES = 32, 16
 FORK_SHARE = 0.02
 ALL_PROMPTS = [(a, PLUS, b, EQUALS) for a in range(10) for b in range(10)]
-ARMS: dict[str, LossSettings] = {
-    "GRPO": PRESETS["grpo"],
-    "DAPO": PRESETS["dapo"],
-    "CISPO": PRESETS["cispo"],
-    "CISPO + mask": replace(PRESETS["cispo"], mask_eps_low=0.2, mask_eps_high=0.2),
-}
-"""CISPO's cap is 5; the mask is GRPO's. Responses are of one length, so that all normalisations are one."""
-
 Figures = dict[str, float]
 
 
@@ -64,7 +50,8 @@ def config(*, updates: int, seed: int) -> Config:
 
 def supervised_start(seed: int, *, steps: int, lr: float = 4e-3) -> tuple[dict[str, Tensor], Figures]:
     """(weights by native name, `evaluate`) of the policy that all arms of `seed` start from."""
-    trainer = _trainer(replace(config(updates=16, seed=seed), optimizer=OptimizerConfig(eps=1e-8, weight_decay=0.0)))
+    run = replace(config(updates=16, seed=seed), optimizer=OptimizerConfig(eps=1e-8, weight_decay=0.0))
+    trainer = fresh_trainer(run)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         warmup, decay = min(1.0, (step + 1) / 20), min(1.0, 2 * (steps - step) / steps)
@@ -89,10 +76,7 @@ def train(
     Prompts and random numbers depend on seed, batch and sample alone: they are the same for all arms.
     """
     run = config(updates=updates, seed=seed)
-    trainer = _trainer(run)
-    for name, tensor in trainer.parameters().items():
-        tensor.data.copy_(start[name])
-    trainer.optimizer.reload_model_params()
+    trainer = fresh_trainer(run, start)
     history = [evaluate(trainer)]
     for batch in range(batches):
         samples = _rollouts(trainer, seed, batch)
@@ -138,36 +122,18 @@ def _entropy(logp: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(dim=-1)
 
 
-def _trainer(run: Config) -> Trainer:
-    return Trainer(run, init_groups(run.parallel, seed=run.training.seed))
-
-
-def _rollouts(trainer: Trainer, seed: int, batch: int) -> Sequence[Sample]:
+def _rollouts(trainer: Trainer, seed: int, batch: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(request_seed(seed, batch))
     chosen = torch.randperm(len(ALL_PROMPTS), generator=generator)[:PROMPTS].tolist()
-    sampling = Sampling(max_new_tokens=RESPONSE_TOKENS, repetition_tokens=0)
-    first = batch * PROMPTS * SAMPLES
-    requests = [
-        Request(ALL_PROMPTS[prompt], request_seed(seed, first + row * SAMPLES + number), sampling)
-        for row, prompt in enumerate(chosen)
-        for number in range(SAMPLES)
-    ]
-    trainer.complete_parameters()
-    results = Engine(trainer.models, trainer.groups, slots=len(requests)).generate(requests)
-    samples = []
-    for index, (request, result) in enumerate(zip(requests, results, strict=True)):
-        sample = sample_of(
-            result,
-            number=first + index,
-            group=batch * PROMPTS + index // SAMPLES,
-            weights=str(batch),
-            task=Task("", "exact"),
-            prompt=request.prompt,
-            text="",
-        )
-        right = result.tokens[-1] == (request.prompt[0] + request.prompt[2]) % 10
-        samples.append(replace(sample, reward=float(right)))
-    return samples
+    return sampled(
+        trainer,
+        [ALL_PROMPTS[prompt] for prompt in chosen],
+        per_prompt=SAMPLES,
+        new_tokens=RESPONSE_TOKENS,
+        seed=seed,
+        first=batch * PROMPTS * SAMPLES,
+        reward=lambda prompt, response: float(response[-1] == (prompt[0] + prompt[2]) % 10),
+    )
 
 
 def _demonstrations(generator: torch.Generator, rows: int = 64) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Plot of `rl_identity_study`'s results: training against rollout probability, a panel for each variant."""
+"""Plot of `rl_identity_study`'s results: how far the log-probabilities lie apart, and the correlation that is left."""
 
 import importlib.util
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,28 @@ def draw(results: dict[str, Any], path: Path) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
     variants = results["variants"]
-    figure, axes = plt.subplots(1, len(variants), figsize=(3.4 * len(variants), 3.9), sharex=True, sharey=True)
-    for axis, (name, variant) in zip(axes, variants.items(), strict=True):
-        x, y = zip(*((math.exp(ours), math.exp(theirs)) for ours, theirs in variant["points"]), strict=True)
-        axis.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-        axis.plot(x, y, ".", markersize=3)
-        rounds = variant["rounds"]
-        pearson = sum(figures["pearson"] for figures in rounds) / len(rounds)
-        worst = max(figures["max_abs_diff"] for figures in rounds)
-        axis.set_title(f"{name}\n1 - Pearson {1 - pearson:.1e}, max |d log p| {worst:.2g}", fontsize=9)
-        axis.set_xlabel("probability in rollout")
-    axes[0].set_ylabel("probability in training")
+    for row, (name, variant) in enumerate(variants.items()):
+        distances = sorted((abs(difference) for _, difference in variant["points"]), reverse=True)
+        shares = [(rank + 1) / len(distances) for rank in range(len(distances))]
+        seen = [(distance, share) for distance, share in zip(distances, shares, strict=True) if distance > 0]
+        (line,) = left.plot(*zip(*seen or [(1e-7, 0.0)], strict=True), label=name)
+        values = [1 - figures["pearson"] for figures in variant["rounds"]]
+        right.barh(row, sum(values) / len(values), color=line.get_color())
+        right.plot(values, [row] * len(values), ".", color="black", markersize=5)
+    left.set(
+        xscale="log", yscale="log", xlabel="distance of log-probabilities, nats", ylabel="share of tokens farther apart"
+    )
+    left.legend()
+    right.set(
+        xscale="log", xlabel="1 - Pearson correlation of probabilities (dots: rounds)", yticks=range(len(variants))
+    )
+    right.set_yticklabels(list(variants))
+    right.invert_yaxis()
+    hardware = results["hardware"]["device"]
     figure.suptitle(
-        f"{results['parameters'] / 1e6:.1f}M parameters, {results['precision']}, {results['hardware']['device']}"
+        f"Rollout against training: {results['parameters'] / 1e6:.0f}M parameters, {results['precision']}, {hardware}"
     )
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -48,8 +48,8 @@ from megatron_m1.rl.tasks import Task  # noqa: E402
 from megatron_m1.rl.update import PolicyBatch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-POINTS = 1000
-"""Pairs of log-probabilities of each variant that are kept for the plot."""
+POINTS = 3000
+"""Tokens of each variant that are kept for the plot."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def rollouts(trainer: Trainer, words: torch.Tensor, size: Size, number: int) -> 
 def measure(
     trainer: Trainer, config: Config, samples: list[Sample], *, replay: bool
 ) -> tuple[dict[str, float], list[list[float]]]:
-    """(figures of the round, [log-probability in rollout, in training] of some tokens)"""
+    """(figures of the round, [log-probability in rollout, training's minus that] of some tokens)"""
     seen = samples if replay else [replace(sample, routing=None) for sample in samples]
     policy = PolicyBatch(trainer, config, seen, settings=PRESETS["cispo"])
     figures = policy.score().report()
@@ -255,7 +255,8 @@ def measure(
     ours = torch.cat([torch.from_numpy(sample.logprobs) for sample in samples])
     theirs = torch.cat([policy.old[index] for index in range(len(samples))])
     chosen = torch.randperm(len(ours), generator=torch.Generator().manual_seed(0))[:POINTS]
-    return figures, [[round(value, 5) for value in pair] for pair in torch.stack([ours, theirs], 1)[chosen].tolist()]
+    pairs = torch.stack([ours, theirs - ours], dim=1)[chosen].tolist()
+    return figures, [[float(f"{value:.4g}") for value in pair] for pair in pairs]
 
 
 def table(results: dict[str, Any]) -> str:
