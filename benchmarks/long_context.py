@@ -196,7 +196,8 @@ def measure_point(point: Point, model: ModelConfig, *, cluster: Cluster, experts
             layer.set_input_tensor(x)
             return layer(batch.tokens, batch.position_ids, packed_seq_params=batch.packed)
 
-        figures = timed(forward, gradient, received)
+        weight_bytes = sum(p.nbytes for p in layer.parameters())
+        figures = timed(forward, gradient, received, gradient_bytes=x.nbytes + weight_bytes)
         links = replace(cluster, gpus=world_size)
         rates = stage_seconds(config, replace(DEVICES[device_kind()], gpus=world_size))[1]
         gradients = [x.grad, *(p.grad for p in layer.parameters())]
@@ -205,7 +206,7 @@ def measure_point(point: Point, model: ModelConfig, *, cluster: Cluster, experts
             "local_tokens": point.tokens // point.context,
             **figures,
             "finite": all(g is not None and bool(g.isfinite().all()) for g in gradients),
-            "weight_bytes": sum(p.nbytes for p in layer.parameters()),
+            "weight_bytes": weight_bytes,
             "estimated_s": {name: rates[name] for name in COMPUTE},
             "communication": [asdict(r) | {"seconds": r.seconds(links)} for r in exchanged],
         }
@@ -241,45 +242,59 @@ def micro_batch(config: Config, *, rank: int) -> MicroBatch:
     return MicroBatch.from_dict(batch, platform.device(), context_rank=rank, context_size=config.parallel.context)
 
 
-def timed(forward: Callable[[], torch.Tensor], gradient: torch.Tensor, received: Arrivals) -> dict[str, Any]:
-    """forward_s, backward_s, kept_bytes and peak_bytes (None on CPU), rounds, and `received` by one call."""
-    first = one_call(forward, gradient)
-    received.take()
-    calls = [first] if sum(first[:2]) > LONG_S else [one_call(forward, gradient)]
-    exchanged = received.take()
-    if sum(first[:2]) <= LONG_S:
-        calls += [one_call(forward, gradient) for _ in range(2)]
-    medians = [statistics.median(values) for values in list(zip(*calls, strict=True))[:2]]
-    kept, peak = first[2:] if len(calls) == 1 else calls[0][2:]
+def timed(
+    forward: Callable[[], torch.Tensor], gradient: torch.Tensor, arrivals: Arrivals, *, gradient_bytes: int
+) -> dict[str, Any]:
+    """forward_s, backward_s, kept_bytes and peak_bytes (None on CPU), rounds, and `received` by one call.
+
+    gradient_bytes: of the gradients that the first call leaves, which are not counted.
+    """
+    before = allocated()
+    calls = [one_call(forward, gradient)]
+    if calls[0].forward_s + calls[0].backward_s > LONG_S:
+        chosen, left = calls, gradient_bytes
+        exchanged = arrivals.take()
+    else:
+        arrivals.take()
+        chosen, left = [one_call(forward, gradient)], 0
+        exchanged = arrivals.take()
+        chosen += [one_call(forward, gradient) for _ in range(2)]
+    cuda = platform.is_cuda()
     return {
-        "forward_s": medians[0],
-        "backward_s": medians[1],
-        "kept_bytes": kept,
-        "peak_bytes": peak,
-        "rounds": len(calls),
+        "forward_s": statistics.median(call.forward_s for call in chosen),
+        "backward_s": statistics.median(call.backward_s for call in chosen),
+        "kept_bytes": chosen[0].between - chosen[0].after + left if cuda else None,
+        "peak_bytes": chosen[0].peak - before - gradient_bytes if cuda else None,
+        "rounds": len(chosen),
         "received": exchanged,
     }
 
 
-def one_call(
-    forward: Callable[[], torch.Tensor], gradient: torch.Tensor
-) -> tuple[float, float, int | None, int | None]:
-    """Seconds forward and backward, bytes kept between the two, peak bytes over those before."""
-    cuda = platform.is_cuda()
-    before = kept = peak = None
-    if cuda:
+@dataclass(frozen=True)
+class Call:
+    """Seconds, and bytes allocated: between forward and backward, at most, and afterwards."""
+
+    forward_s: float
+    backward_s: float
+    between: int
+    peak: int
+    after: int
+
+
+def one_call(forward: Callable[[], torch.Tensor], gradient: torch.Tensor) -> Call:
+    if platform.is_cuda():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
     start = now()
     out = forward()
-    middle = now()
-    if cuda:
-        kept = torch.cuda.memory_allocated() - before
+    middle, between = now(), allocated()
     torch.autograd.backward(out, gradient)
-    end = now()
-    if cuda:
-        peak = torch.cuda.max_memory_allocated() - before
-    return middle - start, end - middle, kept, peak
+    end, peak = now(), platform.peak_memory_bytes()
+    del out
+    return Call(middle - start, end - middle, between, peak, allocated())
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if platform.is_cuda() else 0
 
 
 def line(row: dict[str, Any]) -> str:
