@@ -47,7 +47,7 @@ beside tests/unit/kernels/test_triton_lightning.py -k "not (dense or widths or s
 beside tests/unit/kernels --ignore=tests/unit/kernels/test_triton_lightning.py
 finish
 echo "== a million tokens"
-tests tests/gpu/test_lightning_million.py || failed+=("a million tokens")
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True tests tests/gpu/test_lightning_million.py || failed+=("a million tokens")
 if [[ -z "${TESTS_ONLY:-}" ]]; then
     echo "== benchmark"
     "$PYTHON" -m m1_kernels.benchmark --quick "$@" || failed+=("benchmark")

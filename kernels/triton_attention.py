@@ -111,10 +111,12 @@ class Tiling:
 
 
 def tiling(kernel: str, dtype: torch.dtype, padded_dim: int, capability: int) -> Tiling:
-    """Of kernel "sweep" or "local" on compute capability `capability` (times ten); never tuned at run time: bits would change.
+    """Of kernel "sweep", "specialised" or "local" on compute capability `capability` (times ten). Not tuned at run time: bits would change.
 
     The widest tiles whose loops spill no register (`compile_check`); on sm_90 at head_dim 128 the fastest of those measured.
     """
+    if kernel == "specialised":
+        return Tiling(CHUNK, 64, 4, 4)
     if dtype == torch.float32:
         return Tiling(32, min(padded_dim, 32), 4, 1)
     if capability < 90:
@@ -157,9 +159,18 @@ class _Call:
         """Value blocks of one head in a sweep."""
         return -(-self.dim // self.tiling("sweep").values)
 
-    def tiling(self, kernel: str) -> Tiling:
+    @property
+    def capability(self) -> int:
         major, minor = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (9, 0)
-        return tiling(kernel, self.dtype, self.padded_dim, 10 * major + minor)
+        return 10 * major + minor
+
+    @property
+    def specialised(self) -> bool:
+        """Whether the sweeps run with one task per warp group (`gluon_lightning`)."""
+        return self.device.type == "cuda" and self.capability == 90 and self.dim == 128 and self.dtype != torch.float32
+
+    def tiling(self, kernel: str) -> Tiling:
+        return tiling(kernel, self.dtype, self.padded_dim, self.capability)
 
     @property
     def processors(self) -> int:
@@ -171,12 +182,12 @@ class _Call:
             return self.batch * max(1, -(-self.tokens // segment))
         return self.tokens // segment + self.documents + 1
 
-    def segment(self, per_processor: int) -> int:
+    def segment(self, per_processor: float) -> int:
         """Tokens of a span so that each multiprocessor gets about so many programs; WHOLE where documents suffice."""
         programs = self.heads * self.blocks
         if self.documents * programs >= 0.8 * per_processor * self.processors:
             return WHOLE
-        spans = max(1, per_processor * self.processors // programs)
+        spans = max(1, int(per_processor * self.processors) // programs)
         return max(CHUNK * 4, -(-self.batch * self.tokens // (spans * CHUNK)) * CHUNK)
 
     def states(self, segment: int) -> torch.Tensor:
@@ -192,14 +203,8 @@ class _Call:
 
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns])
 
-    def _common(self) -> dict[str, Any]:
-        return {
-            "D": self.dim,
-            "DP": self.padded_dim,
-            "VARLEN": self.cu_seqlens is not None,
-            "PRECISION": _precision(self.dtype),
-            "EXACT": self.dtype != torch.float32,
-        }
+    def _precision(self) -> dict[str, Any]:
+        return {"DP": self.padded_dim, "PRECISION": _precision(self.dtype), "EXACT": self.dtype != torch.float32}
 
     def sweep(
         self,
@@ -216,23 +221,48 @@ class _Call:
         saved: torch.Tensor | None = None,
         save: int = WHOLE,
         left: torch.Tensor | None = None,
+        second: tuple[torch.Tensor, ...] | None = None,
     ) -> None:
-        """Launch `triton_lightning.sweep`; transposed: the states in memory are the transposes of the sweep's."""
+        """Launch a sweep; transposed: the states in memory are the transposes of the sweep's.
+
+        second: (a, b, v, out) of one more sweep, from the transposes of the states of the first, that leaves no state.
+        """
         from m1_kernels import triton_lightning
 
-        tile = self.tiling("sweep")
-        wide = (tile.chunk, self.padded_dim)
-        narrow = (tile.chunk, tile.values)
+        tile = self.tiling("specialised" if self.specialised else "sweep")
+        grid = self.spans(segment) * self.heads * self.blocks
         absent = self.slopes
-        triton_lightning.sweep[(self.spans(segment) * self.heads * self.blocks,)](
+        states = [absent if x is None else x for x in (self.cu_seqlens, entry, saved, left)]
+        sizes = (self.tokens, self.heads, segment, save, self.documents)
+        constants: dict[str, Any] = {
+            "D": self.dim, "BV": tile.values, "C": tile.chunk, "VARLEN": self.cu_seqlens is not None, "REVERSE": reverse,
+            "TRANSPOSED": transposed, "ENTRY": 0 if entry is None else 1 + entry_per_span, "SAVING": saved is not None,
+            "LEAVING": left is not None, "STAGES": tile.stages, "num_warps": tile.warps,
+        }  # fmt: skip
+        if self.specialised:
+            from m1_kernels import gluon_lightning
+
+            def tensors(a, b, v, out):
+                widths = (self.dim, self.dim, tile.values, tile.values)
+                return *(
+                    gluon_lightning.descriptor(x, tile.chunk, width) for x, width in zip((a, b, v, out), widths)
+                ), out
+
+            one = tensors(a, b, v, out)
+            two = one if second is None else tensors(*second)
+            gluon_lightning.sweep[(grid if second is None else 2 * grid,)](
+                *one, *two, *out.stride()[:3], self.slopes, *states, *sizes, PAIR=second is not None, **constants
+            )
+            return
+        wide, narrow = (tile.chunk, self.padded_dim), (tile.chunk, tile.values)
+        triton_lightning.sweep[(grid,)](
             self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow), self.descriptor(out, *narrow),
-            out, *out.stride()[:3], self.slopes, absent if self.cu_seqlens is None else self.cu_seqlens,
-            absent if entry is None else entry, absent if saved is None else saved, absent if left is None else left,
-            self.tokens, self.heads, segment, save, self.documents,
-            BV=tile.values, C=tile.chunk, REVERSE=reverse, TRANSPOSED=transposed, ENTRY=0 if entry is None else 1 + entry_per_span,
-            SAVING=saved is not None, LEAVING=left is not None,
-            STAGES=tile.stages, num_warps=tile.warps, **self._common(),
+            out, *out.stride()[:3], self.slopes, *states, *sizes, **constants, **self._precision(),
         )  # fmt: skip
+        if second is not None:
+            self.sweep(
+                *second, segment=segment, reverse=reverse, entry=entry, entry_per_span=entry_per_span, transposed=True
+            )
 
     def local_states(self, states, b, v, segment, *, reverse, every=False, horizon=True) -> None:
         from m1_kernels import triton_lightning
@@ -243,8 +273,8 @@ class _Call:
             self.descriptor(b, tile.chunk, self.padded_dim), self.descriptor(v, tile.chunk, tile.values), self.slopes,
             self.slopes if self.cu_seqlens is None else self.cu_seqlens, states,
             self.tokens, self.heads, segment, self.documents,
-            BV=tile.values, C=tile.chunk, REVERSE=reverse, EVERY=every, HORIZON=horizon,
-            STAGES=tile.stages, num_warps=tile.warps, **self._common(),
+            D=self.dim, BV=tile.values, C=tile.chunk, VARLEN=self.cu_seqlens is not None, REVERSE=reverse, EVERY=every,
+            HORIZON=horizon, STAGES=tile.stages, num_warps=tile.warps, **self._precision(),
         )  # fmt: skip
 
     def scan(self, states, segment, initial, left, *, reverse) -> None:
@@ -267,7 +297,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Tokens of a span: of the forward sweep, of saved states and dq, of the reverse sweep."""
+    """Tokens of a span: of the forward sweep, of saved states and dq, of the reverse sweeps. Under a named strategy fixed."""
 
     forward: int
     save: int
@@ -277,12 +307,13 @@ class _Plan:
     def of(cls, call: _Call, strategy: str) -> "_Plan":
         if strategy == "segmented":
             return cls(SEGMENT, SEGMENT, SEGMENT)
-        save = min(SEGMENT, call.segment(2))
         if strategy == "fused":
-            return cls(WHOLE, save, WHOLE)
-        # Two programs share a multiprocessor and hide each other's waits; the forward sweep's states would cost a pass over k and v.
+            return cls(WHOLE, WHOLE, WHOLE)
         forward = call.segment(1)
-        return cls(forward, save if forward == WHOLE else forward, call.segment(2))
+        if call.specialised:  # a program fills a multiprocessor; dk and dv run side by side
+            return cls(forward, forward, call.segment(0.5))
+        # Two programs share a multiprocessor and hide each other's waits; the forward sweep's states would cost a pass over k and v.
+        return cls(forward, min(SEGMENT, call.segment(2)) if forward == WHOLE else forward, call.segment(2))
 
 
 class _Attention(torch.autograd.Function):
@@ -291,6 +322,7 @@ class _Attention(torch.autograd.Function):
         call = _Call.of(q, slopes, cu_seqlens)
         plan = _Plan.of(call, strategy)
         q, k, v = (_readable(x) for x in (q, k, v))
+        initial_state = None if initial_state is None else initial_state.contiguous()
         o = _output_like(q)
         needed = any(ctx.needs_input_grad)
         final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
@@ -305,7 +337,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, initial_state, states = ctx.saved_tensors
         grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
-        dinitial = _backward(ctx.call, ctx.plan, q, k, v, do, dfinal, *grads, states, initial=initial_state is not None)
+        dinitial = _backward(ctx.call, ctx.plan, q, k, v, do, dfinal, *grads, initial_state, states)
         return *grads, None, dinitial, None, None, None
 
 
@@ -316,6 +348,7 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v = _activated(qkv, activate)
         call = _Call.of(q, slopes, cu_seqlens)
         plan = _Plan.of(call, strategy)
+        initial_state = None if initial_state is None else initial_state.contiguous()
         o = _output_like(q)
         needed = any(ctx.needs_input_grad)
         final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
@@ -331,10 +364,8 @@ class _PackedAttention(torch.autograd.Function):
         dqkv = torch.empty_strided(qkv.shape, qkv.stride(), dtype=qkv.dtype, device=qkv.device)
         q, k, v = _activated(qkv, ctx.activate)
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
-        dinitial = _backward(
-            ctx.call, ctx.plan, q, k, v, do, dfinal, *dqkv.split(ctx.call.dim, dim=-1), states,
-            initial=initial_state is not None,
-        )  # fmt: skip
+        gradients = dqkv.split(ctx.call.dim, dim=-1)
+        dinitial = _backward(ctx.call, ctx.plan, q, k, v, do, dfinal, *gradients, initial_state, states)
         if ctx.activate:
             torch.ops.aten.silu_backward.grad_input(dqkv, qkv, grad_input=dqkv)
         return dqkv, None, dinitial, None, None, None, None
@@ -346,28 +377,31 @@ def _activated(qkv: torch.Tensor, activate: bool) -> tuple[torch.Tensor, ...]:
 
 
 def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: bool, leaving: bool):
-    """Write o; returns (final state [S, H, D, D] if `leaving`, states entering the spans of plan.save if `saving`)."""
+    """Write o; returns (final state [S, H, D, D] if `leaving`, states entering the spans of plan.save if `saving`).
+
+    No states where dq too runs whole documents: it starts from their initial states. The final state of a document in spans
+    is that of `scan_states`, so that a document cut between spans goes on with the same bits.
+    """
     final_state = call.document_states() if leaving else None
     if not call.tokens or not call.documents:
         o.zero_()
         if final_state is not None:
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
         return final_state, None
-    initial_state = None if initial_state is None else initial_state.contiguous()
     if plan.forward == WHOLE:
-        states = call.states(plan.save) if saving else None
+        states = call.states(plan.save) if saving and plan.save != WHOLE else None
         call.sweep(q, k, v, o, segment=WHOLE, entry=initial_state, saved=states, save=plan.save, left=final_state)
     else:
         states = call.states(plan.forward)
-        call.local_states(states, k, v, plan.forward, reverse=False)
-        call.scan(states, plan.forward, initial_state, None, reverse=False)
-        call.sweep(q, k, v, o, segment=plan.forward, entry=states, entry_per_span=True, left=final_state)
+        call.local_states(states, k, v, plan.forward, reverse=False, every=leaving)
+        call.scan(states, plan.forward, initial_state, final_state, reverse=False)
+        call.sweep(q, k, v, o, segment=plan.forward, entry=states, entry_per_span=True)
     return final_state, states if saving else None
 
 
-def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, states, *, initial: bool):
-    """Write dq, dk, dv; returns the gradient of the initial state [S, H, D, D] if `initial`."""
-    dinitial = call.document_states() if initial else None
+def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial_state, states):
+    """Write dq, dk, dv; returns the gradient of the initial state [S, H, D, D] if there is one."""
+    dinitial = call.document_states() if initial_state is not None else None
     if not call.tokens or not call.documents:
         for x in (dq, dk, dv):
             x.zero_()
@@ -375,17 +409,17 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, states,
             return None
         return dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
     dfinal = None if dfinal is None else dfinal.float().contiguous()
-    call.sweep(
-        do, v, k, dq, segment=plan.save, entry=states, entry_per_span=True, transposed=True
-    )  # fmt: skip
+    entry, per_span = states, True
+    if states is None:
+        entry, per_span = initial_state, False
+    call.sweep(do, v, k, dq, segment=plan.save, entry=entry, entry_per_span=per_span, transposed=True)
     entry, per_span = dfinal, False
     if plan.backward != WHOLE:
         entry, per_span = call.states(plan.backward), True
         call.local_states(entry, q, do, plan.backward, reverse=True)
         call.scan(entry, plan.backward, dfinal, None, reverse=True)
     options: dict[str, Any] = {"segment": plan.backward, "reverse": True, "entry": entry, "entry_per_span": per_span}
-    call.sweep(k, q, do, dv, left=dinitial, **options)
-    call.sweep(v, do, q, dk, transposed=True, **options)
+    call.sweep(k, q, do, dv, left=dinitial, second=(v, do, q, dk), **options)
     return dinitial
 
 

@@ -22,19 +22,27 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _locate(w, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
+def _document(w, Cu, SEGMENT, documents):
+    """The document of a pack that owns span w.
+
+    It owns the spans from cu[d] // SEGMENT + d on, which is room enough for each and needs no prefix sum; spans without
+    tokens remain. The document after the last is the padding of the pack.
+    """
+    found = 0
+    for first in range(0, documents + 1, 128):
+        d = first + tl.arange(0, 128)
+        starts = tl.load(Cu + d, mask=d <= documents, other=0).to(tl.int64)
+        found += tl.sum(((d <= documents) & (starts // SEGMENT + d <= w)).to(tl.int32))
+    return found - 1
+
+
+@triton.jit
+def _span(w, document, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
     """Span w -> (row of the batch, document, first token, tokens, first of its document?, last of its document?).
 
-    Documents of a pack own the spans from cu[d] // SEGMENT + d on, which is room enough for each and needs no prefix
-    sum; spans without tokens remain. The document after the last is the padding of the pack.
+    document: of a pack, the one that owns the span.
     """
     if VARLEN:
-        found = 0
-        for first in range(0, documents + 1, 128):
-            d = first + tl.arange(0, 128)
-            starts = tl.load(Cu + d, mask=d <= documents, other=0).to(tl.int64)
-            found += tl.sum(((d <= documents) & (starts // SEGMENT + d <= w)).to(tl.int32))
-        document = found - 1
         row = 0
         begin = tl.minimum(tl.load(Cu + document), T).to(tl.int32)
         end = tl.minimum(tl.load(Cu + document + 1, mask=document < documents, other=T), T).to(tl.int32)
@@ -50,6 +58,15 @@ def _locate(w, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
     tokens = tl.maximum(tl.minimum(end - start, SEGMENT), 0)
     is_last = (start <= end) & (start + SEGMENT >= end) & ((start < end) | (index == 0))
     return row, document, start, tokens, index == 0, is_last
+
+
+@triton.jit
+def _locate(w, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
+    """`_span` of span w."""
+    document = 0
+    if VARLEN:
+        document = _document(w, Cu, SEGMENT, documents)
+    return _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
 
 
 @triton.jit

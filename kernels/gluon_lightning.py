@@ -1,0 +1,459 @@
+"""The sweep of `triton_lightning` with one task per warp group, for Hopper (sm_90), 16-bit inputs of head_dim 128.
+
+Three partitions of a program work on different chunks at a time and meet at barriers in shared memory:
+
+    _load     one warp: copies the tiles a, b, v of the chunks to come through tensor descriptors
+    _score    four warps: the decayed scores b a^T of a chunk, rounded, into shared memory
+    _advance  four warps: keep the state in registers, read it, add the scores' part, store, update it
+
+so that the tensor cores have products of one partition while the other rounds, scales or stores. What is computed, and
+rounded where, is that of `triton_lightning.sweep`: a program has one head, one span and 64 of the value channels.
+"""
+
+from typing import Any
+
+from m1_kernels.triton_lightning import _span
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = ["compile_cases", "descriptor"]
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+"""Layout in shared memory of the tiles [1, C, 1, channels]."""
+
+
+def descriptor(x: Any, rows: int, columns: int) -> TensorDescriptor:
+    """Of tiles [1, rows, 1, columns] of x [B, T, H, D], 16-bit, with strides that are multiples of 16 bytes."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], TILE)
+
+
+@gluon.jit
+def _document(w, Cu, SEGMENT, documents):
+    """As `triton_lightning._document`, which names no layout."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    found = 0
+    for first in range(0, documents + 1, 128):
+        d = first + gl.arange(0, 128, layout=layout)
+        starts = gl.load(Cu + d, mask=d <= documents, other=0).to(gl.int64)
+        found += gl.sum(((d <= documents) & (starts // SEGMENT + d <= w)).to(gl.int32), 0)
+    return found - 1
+
+
+@gluon.jit
+def _first_token(c, chunks, C: gl.constexpr, REVERSE: gl.constexpr):
+    """Of the chunk that the sweep takes c-th."""
+    if REVERSE:
+        return (chunks - 1 - c) * C
+    else:
+        return c * C
+
+
+@gluon.jit
+def _load(
+    A,
+    B_,
+    V,
+    A2,
+    B2,
+    V2,
+    second,
+    a_tiles,
+    b_tiles,
+    v_tiles,
+    loaded,
+    free,
+    row,
+    start,
+    h,
+    e,
+    chunks,
+    C: gl.constexpr,
+    REVERSE: gl.constexpr,
+    PAIR: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    for c in range(chunks):
+        stage = c % STAGES
+        bar = loaded.index(stage)
+        mbarrier.wait(free.index(stage), ((c // STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, A.block_type.nbytes + B_.block_type.nbytes + V.block_type.nbytes)
+        t = start + _first_token(c, chunks, C, REVERSE)
+        if PAIR:
+            if second:
+                tma.async_copy_global_to_shared(B2, [row, t, h, 0], bar, b_tiles.index(stage))
+                tma.async_copy_global_to_shared(A2, [row, t, h, 0], bar, a_tiles.index(stage))
+                tma.async_copy_global_to_shared(V2, [row, t, h, e], bar, v_tiles.index(stage))
+            else:
+                tma.async_copy_global_to_shared(B_, [row, t, h, 0], bar, b_tiles.index(stage))
+                tma.async_copy_global_to_shared(A, [row, t, h, 0], bar, a_tiles.index(stage))
+                tma.async_copy_global_to_shared(V, [row, t, h, e], bar, v_tiles.index(stage))
+        else:
+            tma.async_copy_global_to_shared(B_, [row, t, h, 0], bar, b_tiles.index(stage))
+            tma.async_copy_global_to_shared(A, [row, t, h, 0], bar, a_tiles.index(stage))
+            tma.async_copy_global_to_shared(V, [row, t, h, e], bar, v_tiles.index(stage))
+
+
+@gluon.jit
+def _score(
+    a_tiles,
+    b_tiles,
+    scores_tiles,
+    loaded,
+    scored,
+    s,
+    tokens,
+    chunks,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    REVERSE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    j = gl.arange(0, C, layout=gl.SliceLayout(1, layout))
+    i = gl.arange(0, C, layout=gl.SliceLayout(0, layout))
+    if REVERSE:
+        distance = j[:, None] - i[None, :]
+    else:
+        distance = i[None, :] - j[:, None]
+    pairs = gl.where(distance >= 0, gl.exp2(-s * gl.maximum(distance, 0).to(gl.float32)), 0.0)
+    zeros = gl.zeros([C, C], gl.float32, layout)
+    for c in range(chunks):
+        stage = c % STAGES
+        n = tokens - _first_token(c, chunks, C, REVERSE)
+        mbarrier.wait(loaded.index(stage), (c // STAGES) & 1)
+        b = b_tiles.index(stage).reshape([C, D])
+        a = a_tiles.index(stage).reshape([C, D])
+        scores = warpgroup_mma(b, a.permute((1, 0)), zeros, use_acc=False)
+        scores = gl.where((j < n)[:, None], scores * pairs, 0.0)
+        scores_tiles.index(stage).store(scores.to(scores_tiles.dtype))
+        fence_async_shared()
+        mbarrier.arrive(scored.index(stage), count=1)
+
+
+@gluon.jit
+def _zero_rows(tile, n, C: gl.constexpr, E: gl.constexpr):
+    """Zero the rows from n on of a tile [C, E] in shared memory: they may hold anything, NaN included."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    rows = gl.arange(0, C, layout=gl.SliceLayout(1, layout))
+    tile.store(gl.where((rows < n)[:, None], tile.load(layout), gl.zeros([C, E], tile.dtype, layout)))
+
+
+@gluon.jit
+def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
+    """Offsets of a state [BV, D] in memory, value channels from e on, whose value channels are `across` (1 or D) apart.
+
+    zero: 0, but not known to be when the kernel is compiled: the offsets then are computed where they are used, in place
+    of 64 registers that hold them all along.
+    """
+    columns = e + zero + gl.arange(0, BV, layout=gl.SliceLayout(1, layout))
+    channels = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    return columns[:, None] * across + channels[None, :] * (D + 1 - across)
+
+
+@gluon.jit
+def _advance(
+    state,
+    Out,
+    Out2,
+    second,
+    out_rows,
+    stride_ot,
+    saved,
+    left,
+    across,
+    ends,
+    states_stride,
+    a_tiles,
+    b_tiles,
+    v_tiles,
+    scores_tiles,
+    out_tiles,
+    reads,
+    departs,
+    loaded,
+    scored,
+    free,
+    s,
+    row,
+    start,
+    h,
+    e,
+    tokens,
+    chunks,
+    SAVE,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    BV: gl.constexpr,
+    REVERSE: gl.constexpr,
+    PAIR: gl.constexpr,
+    SAVING: gl.constexpr,
+    LEAVING: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    of_state: gl.constexpr = state.type.layout
+    of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    state_operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
+    values_operand: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
+    i = gl.arange(0, C, layout=gl.SliceLayout(0, of_out))
+    j = gl.arange(0, C, layout=gl.SliceLayout(0, values_operand))
+    m = gl.arange(0, BV, layout=gl.SliceLayout(1, of_out))
+    zeros = gl.zeros([BV, C], gl.float32, of_out)
+    dtype: gl.constexpr = v_tiles.dtype
+    # The decays of a full chunk wait in shared memory: registers are short.
+    if REVERSE:
+        reads.store(gl.exp2(-s * (C - 1 - i).to(gl.float32)))
+        departs.store(gl.exp2(-s * (j + 1).to(gl.float32)))
+    else:
+        reads.store(gl.exp2(-s * (i + 1).to(gl.float32)))
+        departs.store(gl.exp2(-s * (C - 1 - j).to(gl.float32)))
+    whole = gl.exp2(-s * C)
+    for c in range(chunks):
+        stage = c % STAGES
+        phase = (c // STAGES) & 1
+        t = _first_token(c, chunks, C, REVERSE)
+        n = gl.minimum(tokens - t, C)
+        b = b_tiles.index(stage).reshape([C, D])
+        a = a_tiles.index(stage).reshape([C, D])
+        v = v_tiles.index(stage).reshape([C, BV])
+        if SAVING:
+            if t % SAVE == 0:
+                place = saved + (t // SAVE).to(gl.int64) * states_stride
+                gl.store(place + _places(e, across, n // 2**30, D, BV, of_state), state)
+        operand = gl.convert_layout(state.to(dtype), state_operand)
+        mbarrier.wait(loaded.index(stage), phase)
+        read = reads.load(gl.SliceLayout(0, of_out))
+        depart = departs.load(gl.SliceLayout(0, values_operand))
+        decay = whole
+        if n < C:
+            _zero_rows(b, n, C, D)
+            _zero_rows(v, n, C, BV)
+            fence_async_shared()
+            decay = gl.exp2(-s * n)
+            if REVERSE:
+                read = gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32))
+            else:
+                depart = gl.exp2(-s * gl.maximum(n - 1 - j, 0).to(gl.float32))
+
+        past = warpgroup_mma(operand, a.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        values = v.permute((1, 0)).load(values_operand)
+        mbarrier.wait(scored.index(stage), phase)
+        within = gl.convert_layout(values, state_operand)
+        within = warpgroup_mma(within, scores_tiles.index(stage), zeros, use_acc=False, is_async=True)
+        decayed = values.to(gl.float32) * depart[None, :]
+        leading = decayed.to(dtype)
+        trailing = (decayed - leading.to(gl.float32)).to(dtype)
+        state = state * decay
+        state = warpgroup_mma(leading, b, state, is_async=True)
+        state = warpgroup_mma(trailing, b, state, is_async=True)
+
+        past, within = warpgroup_mma_wait(2, deps=[past, within])
+        out = (past * read[None, :] + within).to(dtype)
+        if n == C:
+            tile = out_tiles.index(c % 2)
+            tma.store_wait(1)
+            tile.reshape([C, BV]).permute((1, 0)).store(out)
+            fence_async_shared()
+            if PAIR:
+                if second:
+                    tma.async_copy_shared_to_global(Out2, [row, start + t, h, e], tile)
+                else:
+                    tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
+            else:
+                tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
+        else:
+            rows = (start + t + i).to(gl.int64) * stride_ot
+            gl.store(out_rows + (rows[None, :] + m[:, None]), out, mask=(i < n)[None, :] & (m >= 0)[:, None])
+        state = warpgroup_mma_wait(0, deps=[state])
+        mbarrier.arrive(free.index(stage), count=1)
+    if LEAVING:
+        if ends:
+            gl.store(left + _places(e, across, chunks // 2**30, D, BV, of_state), state)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def sweep(
+    A,
+    B_,
+    V,
+    Out,
+    OutRows,
+    A2,
+    B2,
+    V2,
+    Out2,
+    OutRows2,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    Slopes,
+    Cu,
+    Entry,
+    Saved,
+    Left,
+    T,
+    H,
+    SEGMENT,
+    SAVE,
+    documents,
+    D: gl.constexpr,
+    BV: gl.constexpr,
+    C: gl.constexpr,
+    VARLEN: gl.constexpr,
+    REVERSE: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+    PAIR: gl.constexpr,
+    ENTRY: gl.constexpr,
+    SAVING: gl.constexpr,
+    LEAVING: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """As `triton_lightning.sweep`. Grid: spans * H * D / BV, twice as many for a PAIR.
+
+    PAIR: a second sweep (A2, B2, V2 to Out2, with the strides of Out) beside the first, from the transposed states; their
+    programs run side by side and find each other's tiles in the L2 cache. Left is written by the first alone.
+    """
+    BLOCKS: gl.constexpr = D // BV
+    of_state: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    pid = gl.program_id(0)
+    second = False
+    if PAIR:
+        second = pid % 2 == 1
+        pid = pid // 2
+    w = pid // (H * BLOCKS)
+    h = pid // BLOCKS % H
+    e = pid % BLOCKS * BV
+    document = 0
+    if VARLEN:
+        document = _document(w, Cu, SEGMENT, documents)
+    row, document, start, tokens, is_first, is_last = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+    across = D if TRANSPOSED else 1
+    if PAIR:
+        across = gl.where(second, D, 1)
+    out_rows = OutRows
+    if PAIR:
+        if second:
+            out_rows = OutRows2
+    out_rows += row.to(gl.int64) * stride_ob + h * stride_oh + e
+
+    if VARLEN:
+        if document == documents:
+            rowwise: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            i = gl.arange(0, C, layout=gl.SliceLayout(1, rowwise))
+            m = gl.arange(0, BV, layout=gl.SliceLayout(0, rowwise))
+            nothing = gl.zeros([C, BV], OutRows.dtype.element_ty, rowwise)
+            for t in range(0, tokens, C):
+                rows = (start + t + i).to(gl.int64) * stride_ot
+                inside = (t + i < tokens)[:, None] & (m >= 0)[None, :]
+                gl.store(out_rows + (rows[:, None] + m[None, :]), nothing, mask=inside)
+            tokens = 0
+            is_first = False
+            is_last = False
+
+    begins = is_first
+    ends = is_last
+    if REVERSE:
+        begins = is_last
+        ends = is_first
+    if PAIR:
+        ends = ends & (second == 0)
+    state = gl.zeros([BV, D], gl.float32, of_state)
+    if ENTRY == 1:
+        entered = begins
+        entry = document
+    if ENTRY == 2:
+        entered = (tokens > 0) | begins
+        entry = w
+    if ENTRY:
+        if entered:
+            state = gl.load(Entry + (entry.to(gl.int64) * H + h) * D * D + _places(e, across, 0, D, BV, of_state))
+    if VARLEN:
+        slot = start // SAVE + document
+    else:
+        slot = document * gl.maximum(gl.cdiv(T, SAVE), 1)
+    saved = Saved + (slot.to(gl.int64) * H + h) * D * D
+    left = Left + (document.to(gl.int64) * H + h) * D * D
+    s = gl.load(Slopes + h) * LOG2_E
+    chunks = gl.cdiv(tokens, C)
+
+    a_tiles = gl.allocate_shared_memory(A.dtype, [STAGES] + A.block_type.shape, A.layout)
+    b_tiles = gl.allocate_shared_memory(B_.dtype, [STAGES] + B_.block_type.shape, B_.layout)
+    v_tiles = gl.allocate_shared_memory(V.dtype, [STAGES] + V.block_type.shape, V.layout)
+    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    scores_tiles = gl.allocate_shared_memory(A.dtype, [STAGES, C, C], square)
+    out_tiles = gl.allocate_shared_memory(Out.dtype, [2] + Out.block_type.shape, Out.layout)
+    vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    reads = gl.allocate_shared_memory(gl.float32, [C], vector)
+    departs = gl.allocate_shared_memory(gl.float32, [C], vector)
+    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    scored = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(loaded.index(stage), count=1)
+        mbarrier.init(scored.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=1)
+    fence_async_shared()
+
+    gl.warp_specialize(
+        [
+            (
+                _advance,
+                (
+                    state, Out, Out2, second, out_rows, stride_ot, saved, left, across, ends, H * D * D,
+                    a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free,
+                    s, row, start, h, e, tokens, chunks, SAVE, C, D, BV, REVERSE, PAIR, SAVING, LEAVING, STAGES,
+                ),
+            ),
+            (
+                _score,
+                (a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks, C, D, REVERSE, STAGES),
+            ),
+            (
+                _load,
+                (
+                    A, B_, V, A2, B2, V2, second, a_tiles, b_tiles, v_tiles, loaded, free,
+                    row, start, h, e, chunks, C, REVERSE, PAIR, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [128, 24],
+    )  # fmt: skip
+
+
+def compile_cases(
+    capability: int,
+) -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
+    """As `triton_lightning.compile_cases`; none but for sm_90."""
+    # Here and not above: the launch module imports this one when it launches.
+    from m1_kernels.triton_attention import tiling
+
+    if capability != 90:
+        return []
+    tile = tiling("specialised", None, 128, capability)
+    types = dict.fromkeys(("Slopes", "Entry", "Saved", "Left"), "*fp32:16")
+    types |= {"Cu": "*i32:16", "OutRows": "*bf16:16", "OutRows2": "*bf16:16", "T": "i32", "documents": "i32"}
+    for names, columns in ((("A", "B_", "A2", "B2"), 128), (("V", "Out", "V2", "Out2"), tile.values)):
+        types |= dict.fromkeys(names, f"tensordesc<bf16[1,{tile.chunk},1,{columns}],{TILE!r}>")
+
+    def case(label: str, **constants: object):
+        values = {"D": 128, "BV": tile.values, "C": tile.chunk, "STAGES": tile.stages, "VARLEN": False, "PAIR": False}
+        values |= {"REVERSE": False, "TRANSPOSED": False, "ENTRY": 0, "SAVING": False, "LEAVING": False, **constants}
+        signature = {name: "constexpr" if name in values else types.get(name, "i32:16") for name in sweep.arg_names}
+        return f"specialised sweep {label}[128]", sweep, signature, values, {"num_warps": tile.warps}
+
+    return [
+        case("", SAVING=True),
+        case("packed ", SAVING=True, LEAVING=True, ENTRY=1, VARLEN=True),
+        case("of spans ", ENTRY=2, TRANSPOSED=True),
+        case("pair ", REVERSE=True, PAIR=True, VARLEN=True, LEAVING=True, ENTRY=2),
+    ]
