@@ -383,6 +383,11 @@ def _rl(config: Config) -> Iterator[str]:
             f"rl.routing_replay=true does not reach the experts that training.recompute_modules={training.recompute_modules} recomputes; "
             "take moe out, or use training.recompute=full."
         )
+    if rl.engine == "reference" and config.parallel.context > 1:
+        yield (
+            "rl.engine=reference has the bits of training only where no sequence is spread over ranks, not with "
+            f"parallel.context={config.parallel.context}; use parallel.context=1 or rl.engine=fast."
+        )
     if rl.engine == "reference" and training.seq_length % 64:
         unit = _multiples_near(training.seq_length, 64)
         yield f"rl.engine=reference needs training.seq_length={training.seq_length} to be a multiple of 64; use {unit}."

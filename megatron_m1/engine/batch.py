@@ -93,7 +93,7 @@ class MicroBatch:
             **{key: tensors[key] for key in keys},
             packed=params,
             per_token={key: tensors[key] for key in per_token},
-            places=None if padding is None else padding.places().to(device),
+            places=None if padding is None else padding.places().to(device, non_blocking=True),
         )
 
     def gather(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -190,6 +190,11 @@ def _generation_config(trained: Config, precision: str, overrides: list[str]) ->
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} has no use in generation; leave it out "
             "(any checkpoint loads into any layout)."
         )
+    if parallel.context != 1:
+        raise ConfigError(
+            f"parallel.context={parallel.context} has no use in generation, which spreads no sequence over ranks; leave it out (these "
+            "ranks then share the prompts)."
+        )
     parallel.sequence = False
     # Token drop would make a completion depend on its neighbours, and uneven ranks need the all-to-all dispatcher.
     config.moe = MoEConfig(aux_loss="none", capacity_factor=None, dispatcher="alltoall")

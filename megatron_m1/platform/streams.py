@@ -44,5 +44,5 @@ class SideStream:
 
 @functools.cache
 def side_stream() -> torch.cuda.Stream:
-    """One for the process: work that goes beside the main queue keeps its own order."""
-    return torch.cuda.Stream()
+    """One for the process: work that goes beside the main queue keeps its own order. What others wait for goes first: high priority."""
+    return torch.cuda.Stream(priority=-1)

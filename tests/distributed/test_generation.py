@@ -538,6 +538,7 @@ def test_command_says_what_is_wrong_once(checkpoint, tmp_path, capsys):
         ({"--parallel.tensor": 2}, "parallel.tensor*pipeline*context=2*1*1=2"),
         ({"--parallel.tensr": 2}, "did you mean parallel.tensor"),
         ({"--parallel.virtual_pipeline": 2}, "has no use in generation"),
+        ({"--parallel.context": 2}, "parallel.context=2 has no use in generation"),
         ({"--training.seed": 2}, "--training.seed is not an option"),
     ]
     for changed, said in cases:

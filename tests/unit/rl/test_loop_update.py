@@ -13,6 +13,7 @@ from megatron_m1.parallel import destroy_groups, init_groups
 from megatron_m1.rl import update as update_module
 from megatron_m1.rl.losses import PRESETS
 from megatron_m1.rl.packing import pack_samples
+from megatron_m1.rl.samples import facts_of
 from megatron_m1.rl.update import PolicyBatch, split_groups
 from tests.unit.rl.loop_cases import fixed_samples, tiny_config
 
@@ -20,17 +21,24 @@ BOUND = 1e-5
 SETTINGS = replace(PRESETS["cispo"], is_weight_cap=1.2, correction_cap=2.0)
 
 
-def gradients(rank: int, world: int, config: Config, mutant: str | None = None) -> equality.RankResult:
+def gradients(rank: int, world: int, config: Config, variant: str | None = None) -> equality.RankResult:
     """Gradients of the second update with old log-probabilities off policy, so that caps act on many tokens."""
     groups = init_groups(config.parallel, seed=1)
     trainer = Trainer(copy.deepcopy(config), groups)
     trainer.force_all_reduce = True
-    policy = PolicyBatch(trainer, config, fixed_samples(), settings=SETTINGS)
+    samples = fixed_samples()
+    if variant == "samples apart":
+        facts = [facts_of(sample) for sample in samples]
+        own = [sample for sample in samples if sample.group % world == rank]
+        policy = PolicyBatch(trainer, config, own, settings=SETTINGS, facts=facts)
+        assert len(policy.samples) == len(samples) // world  # a rank holds what it trains on
+    else:
+        policy = PolicyBatch(trainer, config, samples, settings=SETTINGS)
     policy.score()
     for index in policy.old:
         noise = torch.randn(len(policy.old[index]), generator=torch.Generator().manual_seed(index))
         policy.old[index] = policy.old[index] + 0.3 * noise
-    if mutant == "local normaliser":
+    if variant == "local normaliser":
         own = {index for pack in policy.packs[1] for index, _, _ in pack.places}
         lengths = [policy.facts[i].length if i in own else 0 for i in policy.updates[1]]
         numbers = torch.tensor([policy.facts[i].group for i in policy.updates[1]])
@@ -66,9 +74,10 @@ def reference(rank_pool) -> equality.RankResult:
         (2, {"tensor": 2}),
         (2, {"pipeline": 2}),
         (2, {"context": 2}),
+        (2, {"context": 2, "context_layout": "document"}),
         (2, {"expert": 2}),
     ],
-    ids=["DP2", "TP2", "PP2", "CP2", "EP2"],
+    ids=["DP2", "TP2", "PP2", "CP2", "CP2 by document", "EP2"],
 )
 def test_gradient_is_that_of_one_rank(world, parallel, ranks, reference):
     assert worst(reference, ranks(world, gradients, tiny_config(parallel), timeout_s=60)) <= BOUND
@@ -79,6 +88,10 @@ def test_gradient_does_not_depend_on_packing(ranks, reference):
     longer.training.micro_batch = 5
     assert worst(reference, ranks(1, gradients, longer)) <= BOUND
     assert worst(reference, ranks(1, gradients, tiny_config(engine="reference"))) <= BOUND
+
+
+def test_samples_go_to_the_rank_that_trains_on_them(ranks, reference):
+    assert worst(reference, ranks(2, gradients, tiny_config(), "samples apart")) <= BOUND
 
 
 def test_a_normaliser_of_the_rank_alone_is_noticed(ranks, reference):
