@@ -385,8 +385,8 @@ def _rl(config: Config) -> Iterator[str]:
         )
     if rl.engine == "reference" and config.parallel.context > 1:
         yield (
-            "rl.engine=reference has the bits of training only where no sequence is spread over ranks, not with "
-            f"parallel.context={config.parallel.context}; use parallel.context=1 or rl.engine=fast."
+            f"rl.engine=reference with parallel.context={config.parallel.context} would not give training's bits, which then come from "
+            "sequences in parts; set parallel.context=1 or rl.engine=fast."
         )
     if rl.engine == "reference" and training.seq_length % 64:
         unit = _multiples_near(training.seq_length, 64)
