@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 
 from benchmarks.rl_identity_plot import draw
+from benchmarks.rl_policy import fresh_trainer, sampled
 from benchmarks.train_step_cpu import git
 from megatron_m1 import platform
 from megatron_m1.config.schema import Config, ModelConfig, OptimizerConfig, RLConfig, TrainingConfig
@@ -38,13 +39,10 @@ platform.setup()
 from megatron_m1.engine.distributed import init_distributed, shutdown_distributed  # noqa: E402
 from megatron_m1.engine.trainer import Trainer  # noqa: E402
 from megatron_m1.generation.cache import HybridCache  # noqa: E402
-from megatron_m1.generation.engine import Engine  # noqa: E402
-from megatron_m1.generation.requests import Request, Sampling, request_seed  # noqa: E402
+from megatron_m1.generation.requests import request_seed  # noqa: E402
 from megatron_m1.model import vocab_loss  # noqa: E402
-from megatron_m1.parallel import init_groups  # noqa: E402
 from megatron_m1.rl.losses import PRESETS  # noqa: E402
-from megatron_m1.rl.samples import Sample, sample_of  # noqa: E402
-from megatron_m1.rl.tasks import Task  # noqa: E402
+from megatron_m1.rl.samples import Sample  # noqa: E402
 from megatron_m1.rl.update import PolicyBatch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,16 +113,8 @@ def study(size: Size, arguments: argparse.Namespace, output: Path) -> None:
     """Train, then measure every variant; the results are written after every round."""
     began = time.perf_counter()
     init_distributed(600)
-    config = Config(
-        model=size.model,
-        training=TrainingConfig(
-            seed=1, micro_batch=size.micro_batch, global_batch=size.micro_batch, seq_length=size.seq_length,
-            precision=arguments.precision,
-        ),
-        optimizer=OptimizerConfig(weight_decay=0.0),
-        rl=RLConfig(updates_per_batch=1, samples_per_prompt=2),
-    )  # fmt: skip
-    trainer = Trainer(config, init_groups(config.parallel, seed=1))
+    config = configuration(size, arguments.precision)
+    trainer = fresh_trainer(config)
     words = text(size)
     loss = learn(trainer, words, size)
     results: dict[str, Any] = {
@@ -145,9 +135,7 @@ def study(size: Size, arguments: argparse.Namespace, output: Path) -> None:
         samples: dict[tuple[str, ...], list[Sample]] = {}
         for name, removed in VARIANTS.items():
             in_rollout = tuple(fix for fix in removed if fix != "replay")
-            with contextlib.ExitStack() as without:
-                for fix in in_rollout:
-                    without.enter_context(bf16_head(trainer) if fix == "head" else bf16_state())
+            with without(trainer, removed):
                 if in_rollout not in samples:
                     samples[in_rollout] = rollouts(trainer, words, size, number)
                 figures, points = measure(trainer, config, samples[in_rollout], replay="replay" not in removed)
@@ -158,6 +146,30 @@ def study(size: Size, arguments: argparse.Namespace, output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results) + "\n")
     shutdown_distributed()
+
+
+def configuration(size: Size, precision: str) -> Config:
+    """Packs of size.micro_batch * size.seq_length tokens."""
+    return Config(
+        model=size.model,
+        training=TrainingConfig(
+            seed=1, micro_batch=size.micro_batch, global_batch=size.micro_batch, seq_length=size.seq_length,
+            precision=precision,  # type: ignore[arg-type]
+        ),
+        optimizer=OptimizerConfig(weight_decay=0.0),
+        rl=RLConfig(updates_per_batch=1, samples_per_prompt=2),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def without(trainer: Trainer, removed: Sequence[str]) -> Iterator[None]:
+    """The fixes named `head` and `state` taken away while the context is open; `replay` is `measure`'s."""
+    with contextlib.ExitStack() as stack:
+        if "head" in removed:
+            stack.enter_context(bf16_head(trainer))
+        if "state" in removed:
+            stack.enter_context(bf16_state())
+        yield
 
 
 @contextlib.contextmanager
@@ -225,21 +237,15 @@ def rollouts(trainer: Trainer, words: torch.Tensor, size: Size, number: int) -> 
     """size.requests samples with their routing."""
     generator = torch.Generator().manual_seed(request_seed(2, number))
     starts = torch.randint(len(words) - size.prompt_tokens, (size.requests,), generator=generator).tolist()
-    sampling = Sampling(max_new_tokens=size.new_tokens, repetition_tokens=0)
-    requests = [
-        Request(tuple(words[start : start + size.prompt_tokens].tolist()), request_seed(number, row), sampling)
-        for row, start in enumerate(starts)
-    ]
-    trainer.complete_parameters()
-    engine = Engine(trainer.models, trainer.groups, slots=size.requests, record_routing=True)
-    task = Task("", "exact")
-    return [
-        replace(
-            sample_of(result, number=row, group=row // 2, weights="", task=task, prompt=requests[row].prompt, text=""),
-            reward=float(row % 2),
-        )
-        for row, result in enumerate(engine.generate(requests))
-    ]
+    return sampled(
+        trainer,
+        [tuple(words[start : start + size.prompt_tokens].tolist()) for start in starts],
+        per_prompt=1,
+        new_tokens=size.new_tokens,
+        seed=3,
+        first=number * size.requests,
+        reward=lambda prompt, response: 0.0,
+    )
 
 
 def measure(

@@ -49,7 +49,7 @@ def sampled(
     first: int,
     reward: Callable[[tuple[int, ...], list[int]], float],
 ) -> list[Sample]:
-    """`per_prompt` judged samples of `new_tokens` tokens of each prompt, at temperature 1.
+    """`per_prompt` judged samples of `new_tokens` tokens of each prompt, at temperature 1, with their routing.
 
     first: number of the first sample; what is drawn depends on seed, number, prompt and weights alone. reward(prompt, response).
     """
@@ -60,7 +60,8 @@ def sampled(
         for index, number in enumerate(numbers)
     ]
     trainer.complete_parameters()
-    results = Engine(trainer.models, trainer.groups, slots=len(requests)).generate(requests)
+    engine = Engine(trainer.models, trainer.groups, slots=len(requests), record_routing=True)
+    results = engine.generate(requests)
     samples = []
     for number, request, result in zip(numbers, requests, results, strict=True):
         sample = sample_of(
