@@ -68,7 +68,7 @@ if [[ "$time_is_up" == 1 ]]; then
     status=0
     wait "$step" || status=$? # the first wait was ended by the signal
     if [[ -n "$requeue" ]]; then
-        kill "$requeue"
+        kill "$requeue" 2>/dev/null || true
     fi
     if [[ "$status" == 0 ]]; then
         scontrol requeue "$SLURM_JOB_ID"

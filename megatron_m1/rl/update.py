@@ -100,6 +100,8 @@ class PolicyBatch:
         if self.settings.correction_cap is not None:
             values["rollout_logp"] = {i: torch.from_numpy(sample.logprobs) for i, sample in self.samples.items()}
         for row, index in enumerate(self.updates[number]):
+            if index not in self.samples:
+                continue
             ones = torch.ones(self.facts[index].length)
             values["advantage"][index] = ones * self.advantages[index].float()
             values["token_weight"][index] = ones * self.normalizers[number].weights[row].float()

@@ -1,5 +1,6 @@
 """The presets and the scripts under examples/, tools/ and tests/."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -186,8 +187,11 @@ def test_acceptance_goes_on_after_a_failed_comparison_and_fails_at_the_end(tmp_p
     assert launches == [10, 10]
 
 
-def test_slurm_job_saves_and_queues_itself_again(tmp_path):
-    """With stand-ins for srun and scontrol: USR1 reaches the rank as SIGTERM, and the job is queued once it has saved."""
+@pytest.mark.parametrize("case", ["pretrain", "rl", "rl in a long batch"])
+def test_slurm_job_saves_and_queues_itself_again(case, tmp_path):
+    """With stand-ins for srun and scontrol: USR1 reaches the rank as SIGTERM, and the job is queued once it has saved; that of an RL run
+    also if it does not come to that."""
+    stage, saves = case.split()[0], "long" not in case
     log = tmp_path / "log"
     stand_ins = {
         # srun runs one task and, as the real one does, forwards SIGTERM to it.
@@ -196,7 +200,7 @@ def test_slurm_job_saves_and_queues_itself_again(tmp_path):
         'wait "$task"; wait "$task"\n',
         "scontrol": f'echo "scontrol $*" >> {log}\n[[ "$1" == show ]] && echo node0 || true\n',
         "python": f'echo "rank $RANK local $LOCAL_RANK of $WORLD_SIZE at $MASTER_ADDR: $*" >> {log}\n'
-        f"trap 'echo saved >> {log}; exit 0' TERM\nwhile true; do sleep 0.1; done\n",
+        f"trap '{f'echo saved >> {log}; exit 0' if saves else f'echo asked >> {log}'}' TERM\nwhile true; do sleep 0.1; done\n",
     }
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
@@ -209,17 +213,25 @@ def test_slurm_job_saves_and_queues_itself_again(tmp_path):
         "SLURM_JOB_ID": "42",
         "SLURM_JOB_NUM_NODES": "32",
         "SLURM_JOB_NODELIST": "node[0-31]",
+        "REQUEUE_AFTER_S": "2" if saves else "0.2",
     }
-    job = subprocess.Popen(["bash", str(ROOT / "examples/slurm/pretrain_456b.sbatch")], env=environment)
+    script = ROOT / f"examples/slurm/{stage}_456b.sbatch"
+    job = subprocess.Popen(["bash", str(script)], env=environment, start_new_session=True)
     try:
         wait_for(log, "rank 7")
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=30) == 0
+        if saves:
+            assert job.wait(timeout=30) == 0
+        else:
+            wait_for(log, "scontrol requeue 42")
     finally:
-        job.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
     text = log.read_text()
-    assert "rank 7 local 3 of 256 at node0: -m megatron_m1 pretrain --config examples/configs/m1_456b.yaml" in text
-    assert text.index("saved") < text.index("scontrol requeue 42")
+    assert f"rank 7 local 3 of 256 at node0: -m megatron_m1 {stage} --config examples/configs/m1_456b.yaml" in text
+    assert text.index("saved" if saves else "asked") < text.index("scontrol requeue 42")
+    assert text.count("scontrol requeue 42") == 1
 
 
 def wait_for(log, word):

@@ -155,6 +155,15 @@ def test_what_cannot_run_is_refused(change, message):
         validate_rl(config, 1)
 
 
+def test_the_reference_engine_is_refused_under_context_parallelism():
+    config = tiny_config({"context": 2}, engine="reference")
+    config.data.tokenizer = "somewhere"
+    with pytest.raises(ConfigError, match=r"set parallel\.context=1 or rl\.engine=fast"):
+        validate_rl(config, 2)
+    config.rl.engine = "fast"
+    validate_rl(config, 2)
+
+
 def test_a_record_gives_the_sample_back():
     sample = replace(fixed_samples()[3], reward=None)
     back = from_record(json.loads(json.dumps(to_record(sample))))
