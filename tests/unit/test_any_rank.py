@@ -17,11 +17,11 @@ from benchmarks.long_context_rates import fit_head, fit_layers, rank_errors
 from megatron_m1.config import ConfigError, load_config
 from megatron_m1.config.schema import ModelConfig, ParallelConfig
 from megatron_m1.engine.cluster import DEVICES
-from megatron_m1.engine.memory import estimate_memory
+from megatron_m1.engine.memory import estimate_memory, stage_layers
 from megatron_m1.engine.rates import Rates
 from megatron_m1.engine.step_time import COMPUTE, stage_seconds
 from megatron_m1.engine.trainer import Trainer
-from megatron_m1.model.build import routers
+from megatron_m1.model.build import build_model, routers
 
 WORLD = 16
 TINY = (
@@ -87,6 +87,26 @@ def test_a_rank_holds_what_is_predicted_and_trains(rank, options):
     messages = received["pp", "receive"]
     assert messages["received_bytes"] == 2 * (2 * config.parallel.virtual_pipeline - 1) * share
     assert messages["seconds"] == pytest.approx(messages["received_bytes"] / (50e9 * 0.8))
+
+
+@pytest.mark.parametrize(
+    ("length", "rank", "layers"),
+    [("32k", 16, range(40)), ("32k", 272, range(40, 80)), ("1m", 128, range(72)), ("1m", 511, range(8, 80))],
+)
+def test_ranks_of_the_456b_layouts_hold_what_is_predicted(length, rank, layers):
+    files = ("m1_456b", f"m1_456b_{length}_512gpu")
+    options = [option for file in files for option in ("--config", f"examples/configs/{file}.yaml")]
+    config = bench_config(load_config(options), 512, 4)
+    with fake_rank(rank, 512, config.parallel) as (groups, _):
+        models = build_model(config, groups, device=torch.device("meta"))
+        stage = groups.pp.rank()
+    held = [layer.layer_number - 1 for model in models for layer in model.decoder.layers]
+    assert held == stage_layers(config, stage) and len(held) == 40 and {held[0], held[-1]} == {layers[0], layers[-1]}
+    parameters = [p for model in models for p in model.parameters()]
+    assert sum(p.nbytes for p in parameters) == pytest.approx(estimate_memory(config, 512)[stage].weights, rel=1e-3)
+    # One of 32 experts, 8 of 64 heads.
+    assert models[0].decoder.layers[0].mlp.experts.fc1.shape == (1, 2, 9216, 6144)
+    assert models[0].decoder.layers[0].self_attention.qkv_proj.weight.shape == (3 * 64 * 128 // 8, 6144)
 
 
 def test_routing_is_balanced_and_gradients_flow():
