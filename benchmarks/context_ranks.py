@@ -18,10 +18,11 @@ from benchmarks.worker import current_rss
 from megatron_m1 import platform
 from megatron_m1.config.schema import Config
 from megatron_m1.parallel.lightning_context import LightningContext
-from megatron_m1.parallel.lightning_exchange import ExchangeStats, StateExchange
-from megatron_m1.parallel.ring_attention import Traffic, ring_attention
+from megatron_m1.parallel.lightning_exchange import StateExchange
+from megatron_m1.parallel.ring_attention import ring_attention
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.parallel.state_chain import state_chains
+from megatron_m1.parallel.traffic import Traffic
 
 __all__ = ["Memory", "Sent", "exchange_bytes", "layer_seconds", "softmax_attention_bytes", "training_memory", "wire"]
 
@@ -80,7 +81,7 @@ def wire() -> Iterator[Wire]:
 def exchange_bytes(rank: int, world: int, shape: Shape, slopes: list[float], method: Method, limit: bool) -> Sent:
     """The exchange of a lightning layer's states: that of a sequence of any length, since its tokens need not exist."""
     layout = SequenceLayout.dense(world=world, rank=rank, rows=1, tokens=shape.tokens)
-    chains, stats = state_chains(layout, torch.device("cpu")), ExchangeStats()
+    chains, traffic = state_chains(layout, torch.device("cpu")), Traffic()
     exchange = StateExchange(
         chains,
         torch.tensor(slopes),
@@ -88,14 +89,14 @@ def exchange_bytes(rank: int, world: int, shape: Shape, slopes: list[float], met
         group=dist.group.WORLD,
         method=method,
         limit=limit,
-        stats=stats,
+        traffic=traffic,
     )
     with wire() as counted:
         states = torch.ones(len(chains.leaving), shape.heads, shape.head_dim, shape.head_dim, requires_grad=True)
         entered = exchange.finish(exchange.start(states))
-        forward, near, wire_forward = stats.sent_bytes, stats.neighbour_heads, counted.take()
+        forward, near, wire_forward = traffic.forward, traffic.neighbour_heads, counted.take()
         entered.sum().backward()
-        return Sent(forward, stats.sent_bytes - forward, wire_forward, counted.take(), near)
+        return Sent(forward, traffic.backward, wire_forward, counted.take(), near)
 
 
 def softmax_attention_bytes(rank: int, world: int, shape: Shape, method: Method) -> Sent:
@@ -147,12 +148,12 @@ def _layer(
         return alone, lambda: 0
     if lightning:
         context = LightningContext(dist.group.WORLD, slopes, method=method)
-        return lambda: context.start(q, k, v, rates, layout)(), lambda: context.stats.sent_bytes
+        return lambda: context.start(q, k, v, rates, layout)(), lambda: context.traffic.sent_bytes
     traffic = Traffic()
     attention = partial(
         ring_attention, q, k, v, scale=scale, group=dist.group.WORLD, layout=layout, method=method, traffic=traffic
     )
-    return attention, lambda: traffic.forward + traffic.backward
+    return attention, lambda: traffic.sent_bytes
 
 
 def _inputs(shape: Shape, key_value_heads: int, dtype: torch.dtype) -> list[Tensor]:

@@ -12,12 +12,10 @@ from megatron_m1.model.lightning import column_linear, row_linear
 from megatron_m1.model.transformer_config import M1TransformerConfig
 from megatron_m1.parallel import SequenceParams
 from megatron_m1.parallel.ring_attention import ring_attention
+from megatron_m1.parallel.traffic import AUTO_RING_BYTES
 from megatron_m1.parallel.transformer_engine import TransformerEngineAttention
 
 __all__ = ["SoftmaxAttention", "apply_rotary", "rotary_table"]
-
-AUTO_RING_BYTES = 64 << 20
-"""`auto` takes the ring where keys and values of the whole sequence exceed this."""
 
 
 def rotary_table(position_ids: Tensor, rotary_dim: int, theta: float) -> Tensor:

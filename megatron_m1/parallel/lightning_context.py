@@ -11,10 +11,11 @@ from m1_kernels import lightning_attention, lightning_attention_read, lightning_
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_m1.parallel.lightning_exchange import ExchangeStats, StateExchange, exchange_method
+from megatron_m1.parallel.lightning_exchange import StateExchange, exchange_method
 from megatron_m1.parallel.rows import Rows, rows_of
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.parallel.state_chain import state_chains
+from megatron_m1.parallel.traffic import Traffic
 
 __all__ = ["LightningContext"]
 
@@ -37,7 +38,7 @@ class LightningContext:
     host_slopes: Sequence[float]
     method: str = "auto"
     limit: bool = True
-    stats: ExchangeStats = field(default_factory=ExchangeStats)
+    traffic: Traffic = field(default_factory=Traffic)
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, layout: SequenceLayout) -> Callable[[], Tensor]:
         """A function that returns o [B, T/W, H, D] for this rank's tokens; q, k, v likewise, as for `lightning_attention`.
@@ -60,7 +61,7 @@ class LightningContext:
             group=self.group,
             method=method,
             limit=self.limit,
-            stats=self.stats,
+            traffic=self.traffic,
         )
         token = exchange.start(states)
         if method == "ring" or len(pieces) > SPARE_STATES + len(chains.entering):

@@ -15,7 +15,6 @@ Source: LASP (arXiv 2404.02882) for the ring, LASP-2 (arXiv 2502.07563) for the 
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,28 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.parallel.state_chain import Border, Chain, StateChains
+from megatron_m1.parallel.traffic import AUTO_RING_BYTES, Traffic
 from megatron_m1.platform.streams import SideStream
 
-__all__ = ["AUTO_RING_BYTES", "ExchangeStats", "StateExchange", "exchange_method", "horizon"]
+__all__ = ["StateExchange", "exchange_method", "horizon"]
 
 logger = logging.getLogger("megatron_m1")
-
-AUTO_RING_BYTES = 64 << 20
-"""`auto` takes the ring where an all-gather would bring a rank more than this: about a millisecond of a 50 GB/s link."""
-
-
-@dataclass
-class ExchangeStats:
-    """What this rank's exchanges sent, counted; forward and backward alike."""
-
-    exchanges: int = 0
-    sent_bytes: int = 0
-    messages: int = 0
-    """Messages to one rank; a collective counts as one."""
-    chained_heads: int = 0
-    """Heads, summed over exchanges, that travelled beyond the neighbouring chunk."""
-    neighbour_heads: int = 0
-    """Heads, summed over exchanges, that the horizon kept to the neighbouring chunk."""
 
 
 def horizon(dtype: torch.dtype) -> float:
@@ -91,15 +74,15 @@ class StateExchange:
         group: dist.ProcessGroup,
         method: str,
         limit: bool = True,
-        stats: ExchangeStats | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         kind = {"ring": _Ring, "all_gather": _AllGather}[method]
-        stats = stats or ExchangeStats()
+        traffic = traffic or Traffic()
         self._forward, self._backward = (
-            kind(chain, put_in, taken, slopes, host_slopes, group, limit, stats)
-            for chain, put_in, taken in (
-                (chains.forward, chains.most_leaving, len(chains.entering)),
-                (chains.backward, chains.most_entering, len(chains.leaving)),
+            kind(chain, put_in, taken, slopes, host_slopes, group, limit, traffic, backward)
+            for chain, put_in, taken, backward in (
+                (chains.forward, chains.most_leaving, len(chains.entering), False),
+                (chains.backward, chains.most_entering, len(chains.leaving), True),
             )
         )
 
@@ -150,19 +133,20 @@ class _Travel:
         host_slopes: Sequence[float],
         group: dist.ProcessGroup,
         limit: bool,
-        stats: ExchangeStats,
+        traffic: Traffic,
+        backward: bool,
     ) -> None:
-        self.chain, self.most, self.taken, self.group, self.stats = chain, most, taken, group, stats
+        self.chain, self.most, self.taken, self.group = chain, most, taken, group
+        self.traffic, self.backward = traffic, backward
         self.slopes, self.host_slopes, self.limit = slopes, host_slopes, limit
         self.rank, self.world = group.rank(), group.size()
 
     def begin(self, states: Tensor) -> None:
-        self.order = _order(self.host_slopes, states.device)
+        self.order = _order(tuple(self.host_slopes), states.device)
         self.states = states if self.order is None else states.index_select(1, self.order)
         rates = self.slopes if self.order is None else self.slopes[self.order]
         # e^{-s * length} [lengths, H, 1, 1] of all borders.
         self.decays = (self.chain.lengths[:, None] * -rates.double()).exp().to(states.dtype)[:, :, None, None]
-        self.stats.exchanges += 1
 
     def heads_beyond(self, shortest: int | None) -> int:
         """How many heads, the last ones in `order`, still hold something after `shortest` tokens."""
@@ -198,8 +182,8 @@ class _Travel:
             for tensor, peer in messages:
                 peer = dist.get_global_rank(self.group, peer)
                 operations.append(dist.P2POp(operation, tensor, peer, group=self.group))
-        self.stats.messages += len(sends)
-        self.stats.sent_bytes += sum(tensor.nbytes for tensor, _ in sends)
+        sent_bytes = sum(tensor.nbytes for tensor, _ in sends)
+        self.traffic.count(sent_bytes, backward=self.backward, messages=len(sends))
         return dist.batch_isend_irecv(operations) if operations else []
 
 
@@ -209,8 +193,8 @@ class _AllGather(_Travel):
         heads = states.shape[1]
         far = self.heads_beyond(min((length for b in self.chain.borders for length in b.lengths), default=None))
         self.near = heads - far
-        self.stats.chained_heads += far
-        self.stats.neighbour_heads += self.near
+        self.traffic.chained_heads += far
+        self.traffic.neighbour_heads += self.near
         self.works: list[dist.Work] = []
         self.mine = self.gathered = None
         if far:
@@ -219,8 +203,7 @@ class _AllGather(_Travel):
             gathered = self.mine.new_empty(self.world * self.most, *self.mine.shape[1:])
             self.works = [dist.all_gather_into_tensor(gathered, self.mine, group=self.group, async_op=True)]
             self.gathered = gathered.unflatten(0, (self.world, self.most))
-            self.stats.messages += 1
-            self.stats.sent_bytes += (self.world - 1) * self.mine.nbytes
+            self.traffic.count((self.world - 1) * self.mine.nbytes, backward=self.backward)
         self.received: dict[int, Tensor] = {}
         if self.near:
             self._to_neighbours()
@@ -274,8 +257,8 @@ class _Ring(_Travel):
             for place, border in self._own_borders():
                 near = heads - self.heads_beyond(border.shortest)
                 if border.source == self.rank:
-                    self.stats.chained_heads += heads - near
-                    self.stats.neighbour_heads += near
+                    self.traffic.chained_heads += heads - near
+                    self.traffic.neighbour_heads += near
                     self.near[place] = self.states[border.source_rows, :near].contiguous()
                 else:
                     self.near[place] = self._empty(border, near)
@@ -327,7 +310,11 @@ class _Ring(_Travel):
         return self.states.new_empty(border.count, heads, *self.states.shape[2:])
 
 
-def _order(host_slopes: Sequence[float], device: torch.device) -> Tensor | None:
-    """Heads by falling slope, so that those whose states fade within a chunk come first; None: they stand so already."""
+@functools.cache
+def _order(host_slopes: tuple[float, ...], device: torch.device) -> Tensor | None:
+    """Heads by falling slope, so that those whose states fade within a chunk come first; None: they stand so already.
+
+    Cached: to make it on a device waits for the device.
+    """
     order = sorted(range(len(host_slopes)), key=lambda head: -host_slopes[head])
     return None if order == list(range(len(order))) else torch.tensor(order, device=device)

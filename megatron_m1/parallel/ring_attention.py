@@ -1,7 +1,5 @@
 """Causal softmax attention over a sequence that context-parallel ranks hold in zig-zag order."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,16 +13,9 @@ from megatron_m1.parallel.attention_blocks import (
     attend_locally_backward,
 )
 from megatron_m1.parallel.sequence_layout import SequenceLayout
+from megatron_m1.parallel.traffic import Traffic
 
-__all__ = ["METHODS", "Traffic", "ring_attention"]
-
-
-@dataclass
-class Traffic:
-    """Bytes that this rank has sent, summed over calls; for collectives, what their ring algorithm sends."""
-
-    forward: int = 0
-    backward: int = 0
+__all__ = ["METHODS", "ring_attention"]
 
 
 def ring_attention(
@@ -73,7 +64,7 @@ class _Ring(torch.autograd.Function):
         o, lse = attend_locally(q, k, v, scale=scale, plan=plan)
         for step in range(1, layout.world):
             kv = shift.wait()
-            traffic.forward += kv.nbytes
+            traffic.count(kv.nbytes, backward=False)
             shift = _Shift(group, kv) if step + 1 < layout.world else None
             block = plan.by_rank[(layout.rank - step) % layout.world]
             if block is not None:
@@ -94,7 +85,7 @@ class _Ring(torch.autograd.Function):
         gradients = None
         for step in range(1, world):
             kv = shift.wait()
-            traffic.backward += kv.nbytes + own_dkv.nbytes
+            traffic.count(kv.nbytes + own_dkv.nbytes, backward=True, messages=2)
             shift = _Shift(group, kv) if step + 1 < world else None
             block, dkv = plan.by_rank[(layout.rank - step) % world], torch.zeros_like(own_dkv)
             if block is not None:
@@ -113,7 +104,7 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx, q, k, v, scale: float, group, layout: SequenceLayout, traffic: Traffic):
         plan = AttentionPlan.of(layout, q.device)
         gathered, work = _start_gather(torch.stack([k, v]), group)
-        traffic.forward += gathered[1:].nbytes
+        traffic.count(gathered[1:].nbytes, backward=False)
         o, lse = attend_locally(q, k, v, scale=scale, plan=plan)
         work.wait()
         kv = _global_rows(gathered, layout)
@@ -136,10 +127,11 @@ class _AllGather(torch.autograd.Function):
         dkv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
         for block in plan.gathered:
             attend_backward(dq, dkv, block, do, q, *kv, o, lse, scale=scale)
-        by_rank = dkv.index_select(2, layout.indices.flatten().to(dkv.device)).unflatten(2, (layout.world, -1))
+        order = layout.memo(("by rank", dkv.device), lambda: layout.indices.flatten().to(dkv.device))
+        by_rank = dkv.index_select(2, order).unflatten(2, (layout.world, -1))
         received = torch.empty_like(own_dkv)
         dist.reduce_scatter_tensor(received, by_rank.movedim(2, 0).flatten(0, 1), group=group)
-        traffic.backward += gathered[1:].nbytes + (layout.world - 1) * received.nbytes
+        traffic.count(gathered[1:].nbytes + (layout.world - 1) * received.nbytes, backward=True, messages=2)
         own_dkv += received
         return dq.to(q.dtype), *own_dkv.to(k.dtype), None, None, None, None
 

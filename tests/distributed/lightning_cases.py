@@ -8,9 +8,10 @@ from m1_kernels import lightning_attention_reference, slopes
 from torch import Tensor
 
 from megatron_m1.parallel.lightning_context import LightningContext
-from megatron_m1.parallel.lightning_exchange import ExchangeStats, StateExchange
+from megatron_m1.parallel.lightning_exchange import StateExchange
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.parallel.state_chain import state_chains
+from megatron_m1.parallel.traffic import Traffic
 
 TOKENS, DIM = 48, 4
 # Borders of chunks lie at multiples of 48 / 2W: 12 for two ranks, 6 for four.
@@ -60,14 +61,14 @@ def of_one_rank(case: Case, rates: Tensor) -> list[Tensor]:
 
 def over_ranks(
     case: Case, rates: Tensor, group: dist.ProcessGroup, *, method: str, limit: bool = True, dtype=torch.float64
-) -> tuple[list[Tensor], ExchangeStats]:
+) -> tuple[list[Tensor], Traffic]:
     """o, dq, dk, dv of this rank's tokens."""
     context = LightningContext(group, rates.tolist(), method=method, limit=limit)
     *qkv, do = (case.layout.partition(x, 1).to(dtype) for x in inputs(case, len(rates)))
     qkv = [x.requires_grad_() for x in qkv]
     o = context.start(*qkv, rates, case.layout)()
     o.backward(do)
-    return [o.detach(), *(x.grad for x in qkv)], context.stats
+    return [o.detach(), *(x.grad for x in qkv)], context.traffic
 
 
 def differences(rank: int, world: int) -> dict[tuple[str, str], float]:
@@ -92,8 +93,8 @@ class Limits:
 
     same: bool
     """Whether o and all gradients are bit by bit those without it."""
-    limited: ExchangeStats
-    unlimited: ExchangeStats
+    limited: Traffic
+    unlimited: Traffic
 
 
 def limited_and_unlimited(rank: int, world: int) -> dict[tuple[str, str], Limits]:

@@ -12,8 +12,9 @@ from m1_kernels import softmax_attention
 from megatron_m1 import platform
 from megatron_m1.parallel import attention_blocks
 from megatron_m1.parallel.attention_blocks import AttentionPlan
-from megatron_m1.parallel.ring_attention import METHODS, Traffic, ring_attention
+from megatron_m1.parallel.ring_attention import METHODS, ring_attention
 from megatron_m1.parallel.sequence_layout import SequenceLayout
+from megatron_m1.parallel.traffic import Traffic
 
 SCALE, HEADS, KEY_HEADS, WIDTH = 0.3, 4, 2, 8
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -109,8 +110,11 @@ def test_bytes_sent_and_repeated_runs(ranks) -> None:
         assert worst <= 1e-5
         hops = world - 1
         # once in fp32, twice in bf16; gradients always in fp32
-        assert traffic["ring"] == Traffic(hops * elements * (4 + 2 * 2), hops * elements * (4 + 4 + 2 * (2 + 4)))
-        assert traffic["all_gather"] == Traffic(hops * elements * 4, hops * elements * (4 + 4))
+        ring, gathered = traffic["ring"], traffic["all_gather"]
+        assert ring == Traffic(
+            hops * elements * (4 + 2 * 2), hops * elements * (4 + 4 + 2 * (2 + 4)), messages=9 * hops
+        )
+        assert gathered == Traffic(hops * elements * 4, hops * elements * (4 + 4), messages=3)
         assert repeats
 
 
