@@ -169,6 +169,7 @@ def _line(metrics: dict[str, Any], steps: int) -> str:
     else:
         parts.append("no prompt with rewards that differ: no update")
     parts.append("  ".join(f"{name[8:]} {metrics[name]:.1f} s" for name in metrics if name.startswith("seconds_")))
+    parts.append(f"idle share {metrics['idle_share']:.0%}")
     return "  ".join(parts)
 
 
