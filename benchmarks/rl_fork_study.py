@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import rl_fork_task as task
 from benchmarks.rl_fork_report import draw, table
-from benchmarks.train_step_cpu import git, hardware
+from benchmarks.rl_policy import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 UPDATES = 16
@@ -44,16 +44,12 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     settings = {"batches": arguments.batches, "start_steps": arguments.start_steps}
-    results: dict[str, Any] = {
-        "command": "python -m benchmarks.rl_fork_study " + " ".join(sys.argv[1:]),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware(1) | {"cores": os.cpu_count(), "processes": arguments.processes},
+    results: dict[str, Any] = provenance("rl_fork_study") | {
         "settings": settings,
         "starts": {},
         "runs": [],
     }
+    results["hardware"]["processes"] = arguments.processes
     if arguments.resume or arguments.report:
         if not arguments.output.exists():
             print(f"error: {arguments.output} does not exist; run without --resume and --report.", file=sys.stderr)

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rl_fork_report import difference
-from benchmarks.rl_policy import ARMS, fresh_trainer, sampled
-from benchmarks.train_step_cpu import git
+from benchmarks.rl_policy import ARMS, fresh_trainer, provenance, sampled
 from megatron_m1 import platform
 from megatron_m1.config.schema import Config, ModelConfig, MoEConfig, OptimizerConfig, RLConfig, TrainingConfig
 from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
@@ -81,11 +80,7 @@ def main() -> int:
     output = arguments.output or ROOT / f"benchmarks/results/rl_gpu_study_{arguments.size}.json"
     size, began = SIZES[arguments.size], time.perf_counter()
     init_distributed(600)
-    results: dict[str, Any] = {
-        "command": "python -m benchmarks.rl_gpu_study " + " ".join(sys.argv[1:]),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": {"device": platform.device_name(), "torch": torch.__version__},
+    results: dict[str, Any] = provenance("rl_gpu_study") | {
         "size": asdict(size),
         "settings": {
             "batches": arguments.batches,

@@ -29,8 +29,7 @@ from unittest import mock
 import torch
 
 from benchmarks.rl_identity_plot import draw
-from benchmarks.rl_policy import fresh_trainer, sampled
-from benchmarks.train_step_cpu import git
+from benchmarks.rl_policy import fresh_trainer, provenance, sampled
 from megatron_m1 import platform
 from megatron_m1.config.schema import Config, ModelConfig, OptimizerConfig, RLConfig, TrainingConfig
 
@@ -117,11 +116,7 @@ def study(size: Size, arguments: argparse.Namespace, output: Path) -> None:
     trainer = fresh_trainer(config)
     words = text(size)
     loss = learn(trainer, words, size)
-    results: dict[str, Any] = {
-        "command": "python -m benchmarks.rl_identity_study " + " ".join(sys.argv[1:]),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": {"device": platform.device_name(), "torch": torch.__version__},
+    results: dict[str, Any] = provenance("rl_identity_study") | {
         "precision": arguments.precision,
         "size": asdict(size),
         "parameters": sum(tensor.numel() for tensor in trainer.parameters().values()),

@@ -1,8 +1,16 @@
 """What the RL studies share: a policy back at its start, and judged samples of the project's generation engine."""
 
+import os
+import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_m1 import platform
@@ -18,8 +26,9 @@ from megatron_m1.parallel import init_groups  # noqa: E402
 from megatron_m1.rl.samples import Sample, sample_of  # noqa: E402
 from megatron_m1.rl.tasks import Task  # noqa: E402
 
-__all__ = ["ARMS", "fresh_trainer", "sampled"]
+__all__ = ["ARMS", "fresh_trainer", "provenance", "sampled"]
 
+ROOT = Path(__file__).resolve().parents[1]
 ARMS: dict[str, LossSettings] = {
     "GRPO": PRESETS["grpo"],
     "DAPO": PRESETS["dapo"],
@@ -27,6 +36,34 @@ ARMS: dict[str, LossSettings] = {
     "CISPO + mask": replace(PRESETS["cispo"], mask_eps_low=0.2, mask_eps_high=0.2),
 }
 """CISPO's cap is 5; the mask is GRPO's. The studies' responses are of one length, so that all normalisations are one."""
+
+
+def provenance(module: str) -> dict[str, Any]:
+    """Command, commit, date and hardware of a result."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return {
+        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
+        "commit": os.environ.get("M1_COMMIT") or _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": {
+            "device": platform.device_name(),
+            "cpu": next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown"),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _commit() -> str:
+    """Of the checkout, `-dirty` with changes; `unknown` in a copy without history, for which M1_COMMIT says it."""
+    found = []
+    for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+        found.append(done.stdout.strip())
+    return found[0] + ("-dirty" if found[1] else "")
 
 
 def fresh_trainer(config: Config, start: dict[str, Tensor] | None = None) -> Trainer:
