@@ -53,10 +53,13 @@ def lightning_attention_step_packed(
         raise ValueError(f"activation={activation!r} must be 'silu' or None")
     if qkv.ndim != 3 or qkv.shape[-1] % 3:
         raise ValueError(f"qkv {tuple(qkv.shape)} must be [B, H, 3D]")
+    silu = activation == "silu"
+    chosen = choose("lightning_attention_step", STEP, implementation, qkv)
+    if silu and chosen is STEP["torch"]:
+        qkv, silu = torch.nn.functional.silu(qkv), False
     q, k, v = qkv.split(qkv.shape[-1] // 3, dim=-1)
     _check(q, k, v, state, slopes, active, slots)
-    chosen = choose("lightning_attention_step", STEP, implementation, q)
-    return chosen.run(q, k, v, state, slopes, active, slots, activation == "silu")
+    return chosen.run(q, k, v, state, slopes, active, slots, silu)
 
 
 def _check(q, k, v, state, slopes, active, slots) -> None:
@@ -84,8 +87,7 @@ def _check(q, k, v, state, slopes, active, slots) -> None:
 
 
 def _torch_step(q, k, v, state, slopes, active, slots, silu: bool) -> torch.Tensor:
-    if silu:
-        q, k, v = (torch.nn.functional.silu(x) for x in (q, k, v))
+    assert not silu, "the packed operator has applied it"
     if active is None and slots is None:
         return _torch_step_of_all(q, k, v, state, slopes)
     slots = torch.arange(len(q), device=q.device) if slots is None else slots

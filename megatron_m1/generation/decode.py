@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from megatron_m1.generation.cache import HybridCache
-from megatron_m1.generation.products import grouped_product, product
+from megatron_m1.generation.products import Grouping, product
 from megatron_m1.model.lightning import LightningAttention
 from megatron_m1.model.m1 import M1Model
 from megatron_m1.model.softmax import SoftmaxAttention, apply_rotary, rotary_table
@@ -101,14 +101,10 @@ def _experts(layer: torch.nn.Module, y: Tensor, groups: ProcessGroupCollection, 
     scores, chosen = linear(y.float(), router.weight).topk(router.topk, dim=-1)
     if record is not None:
         record(layer.layer_number, chosen)
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    # Not bincount, which waits for the device.
-    counts = flat.new_zeros(len(experts.fc1)).scatter_add_(0, flat, torch.ones_like(flat))
-    gate_up = grouped_product(y.index_select(0, order // router.topk), experts.fc1.flatten(1, 2), counts)
-    shares = scores.softmax(dim=-1).flatten().index_select(0, order)
-    out = grouped_product(swiglu(gate_up, shares), experts.fc2, counts)
-    out = torch.empty_like(out).index_copy_(0, order, out).view(len(y), router.topk, -1).sum(dim=1)
+    grouping = Grouping.of(chosen, len(experts.fc1))
+    gate_up = grouping.product(y.index_select(0, grouping.tokens), experts.fc1.flatten(1, 2))
+    shares = scores.softmax(dim=-1).flatten().index_select(0, grouping.order)
+    out = grouping.summed(grouping.product(swiglu(gate_up, shares), experts.fc2), len(y))
     return _summed(out, groups.expt_tp)
 
 
