@@ -145,7 +145,7 @@ def shared_prefix(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def ragged_lengths(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
-    return ragged(ours, lengths=tuple(arguments.lengths), count=32, slots=8, warm_up=False)
+    return ragged(ours, lengths=tuple(arguments.lengths), count=16, slots=4, warm_up=False)
 
 
 def context(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
