@@ -182,12 +182,15 @@ class _Call:
             return self.batch * max(1, -(-self.tokens // segment))
         return self.tokens // segment + self.documents + 1
 
-    def segment(self, per_processor: float) -> int:
-        """Tokens of a span so that each multiprocessor gets about so many programs; WHOLE where documents suffice."""
+    def segment(self, per_processor: int) -> int:
+        """Tokens of a span so that each multiprocessor gets about so many programs.
+
+        WHOLE where documents suffice, or are so short that the pass over their states would take longer than it saves.
+        """
         programs = self.heads * self.blocks
-        if self.documents * programs >= 0.8 * per_processor * self.processors:
+        if self.documents * programs >= 0.8 * per_processor * self.processors or self.tokens <= 16 * CHUNK:
             return WHOLE
-        spans = max(1, int(per_processor * self.processors) // programs)
+        spans = max(1, per_processor * self.processors // programs)
         return max(CHUNK * 4, -(-self.batch * self.tokens // (spans * CHUNK)) * CHUNK)
 
     def states(self, segment: int) -> torch.Tensor:
@@ -310,8 +313,11 @@ class _Plan:
         if strategy == "fused":
             return cls(WHOLE, WHOLE, WHOLE)
         forward = call.segment(1)
-        if call.specialised:  # a program fills a multiprocessor; dk and dv run side by side
-            return cls(forward, forward, call.segment(0.5))
+        if (
+            call.specialised
+        ):  # a program fills a multiprocessor; two short ones in turn, since the states' pass has room for both
+            span = forward if forward == WHOLE else call.segment(2)
+            return cls(span, span, span)
         # Two programs share a multiprocessor and hide each other's waits; the forward sweep's states would cost a pass over k and v.
         return cls(forward, min(SEGMENT, call.segment(2)) if forward == WHOLE else forward, call.segment(2))
 
