@@ -6,11 +6,16 @@ import pytest
 
 from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_m1.engine.cluster import Cluster
+from megatron_m1.engine.rates import Rates
 from megatron_m1.engine.step_time import stage_balance, step_time
 
 CLUSTER = Cluster(
-    gpus=8, gpus_per_node=4, memory_gib=80, memory_tb_per_s=4.8, nvlink_gb_per_s=1.25, network_gb_per_s=0.125
-)
+    gpus=8, gpus_per_node=4, memory_gib=80, memory_tb_per_s=4.8, nvlink_gb_per_s=1.25, network_gb_per_s=0.125,
+    rates=Rates(
+        dense_tflops=700, grouped_tflops=600, grouped_small_tflops=410, softmax_tflops=554, softmax_backward_tflops=390,
+        fp32_tflops=50, copy_share=4.3 / 4.8, nvlink_share=0.8, network_share=0.8, lightning_layer=1, softmax_layer=1,
+    ),
+)  # fmt: skip
 MODEL = ModelConfig(
     vocab_size=1000, hidden_size=100, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=50,
     intermediate_size=30, num_local_experts=4, num_experts_per_tok=2, attn_type_list=[0, 0, 0, 1],
@@ -42,6 +47,17 @@ def test_compute_of_one_rank():
     assert time.tensor == time.all_to_all == time.ring == time.states == time.pipeline == time.bubble == 0
     assert time.imbalance == 0
     assert time.total == pytest.approx(sum(vars(time).values()))
+
+
+def test_factors_of_whole_layers_leave_the_attention_kernel_and_the_head():
+    plain = step_time(config(), CLUSTER)
+    lightning = step_time(config(), replace(CLUSTER, rates=replace(CLUSTER.rates, lightning_layer=3)))
+    softmax = step_time(config(), replace(CLUSTER, rates=replace(CLUSTER.rates, softmax_layer=3)))
+    assert lightning.lightning == pytest.approx(3 * plain.lightning) and softmax.lightning == plain.lightning
+    assert (lightning.softmax, lightning.head) == (softmax.softmax, softmax.head) == (plain.softmax, plain.head)
+    for name in ("gemm", "experts", "elementwise"):
+        rises = [getattr(time, name) - getattr(plain, name) for time in (lightning, softmax)]
+        assert min(rises) > 0 and sum(rises) == pytest.approx(2 * getattr(plain, name))
 
 
 def test_the_head_computes_a_fourth_product_in_chunks():
