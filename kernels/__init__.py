@@ -13,6 +13,7 @@ from m1_kernels.dispatch import (
 from m1_kernels.paged import softmax_attention_step
 from m1_kernels.pointwise import gated_rms_norm, rms_norm, swiglu
 from m1_kernels.reference import lightning_attention_reference
+from m1_kernels.routing import route
 from m1_kernels.slopes import slopes
 from m1_kernels.softmax import softmax_attention
 from m1_kernels.softmax_blocks import merge_attention, softmax_attention_backward, softmax_attention_forward
@@ -28,6 +29,7 @@ __all__ = [
     "lightning_attention_step_packed",
     "merge_attention",
     "rms_norm",
+    "route",
     "slopes",
     "softmax_attention",
     "softmax_attention_backward",

@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         triton_lightning,
         triton_norm,
         triton_paged,
+        triton_routing,
         triton_states,
         triton_swiglu,
     )
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'kernel':48} {'sm':>4} {'registers':>9} {'stack':>6} {'shared':>7}  hot loops (products, spills)")
     for target in options.targets:
         cases = triton_lightning.compile_cases(target) + gluon_lightning.compile_cases(target)
-        for module in (triton_norm, triton_swiglu, triton_decode, triton_paged, triton_states):
+        for module in (triton_norm, triton_swiglu, triton_decode, triton_paged, triton_routing, triton_states):
             cases += module.compile_cases()
         for name, kernel, signature, constants, launch in cases:
             if options.only not in name:

@@ -98,13 +98,11 @@ def _softmax(
 def _experts(layer: torch.nn.Module, y: Tensor, groups: ProcessGroupCollection, record: RecordRouting | None) -> Tensor:
     """The routed experts, all of them here: tokens sorted by expert, two grouped products, a sum in fixed order."""
     router, experts = layer.mlp.router, layer.mlp.experts
-    scores, chosen = linear(y.float(), router.weight).topk(router.topk, dim=-1)
+    grouping = Grouping.of(linear(y.float(), router.weight), router.topk)
     if record is not None:
-        record(layer.layer_number, chosen)
-    grouping = Grouping.of(chosen, len(experts.fc1))
+        record(layer.layer_number, grouping.chosen)
     gate_up = grouping.product(y.index_select(0, grouping.tokens), experts.fc1.flatten(1, 2))
-    shares = scores.softmax(dim=-1).flatten().index_select(0, grouping.order)
-    out = grouping.summed(grouping.product(swiglu(gate_up, shares), experts.fc2), len(y))
+    out = grouping.summed(grouping.product(swiglu(gate_up, grouping.shares), experts.fc2))
     return _summed(out, groups.expt_tp)
 
 

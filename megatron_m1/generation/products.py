@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from m1_kernels import route
 from torch import Tensor
 from torch.nn.functional import grouped_mm, linear
 
@@ -21,30 +22,35 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Grouping:
-    """The n * top_k pairs of tokens and their experts, sorted by expert."""
+    """n tokens with top_k experts each: n * top_k pairs, pair token * top_k + place, sorted by expert."""
 
-    order: Tensor
-    """[n * top_k] the pairs in that order; pair token * top_k + place."""
+    chosen: Tensor
+    """[n, top_k], the likeliest expert first."""
     tokens: Tensor
-    """[n * top_k] their tokens."""
+    """[n * top_k], of the sorted pairs."""
+    shares: Tensor
+    """[n * top_k] fp32, of the sorted pairs."""
+    places: Tensor
+    """[n * top_k], where each pair stands among the sorted ones."""
     ends: Tensor | None
     """[experts] int32, on the device: where each expert's pairs end."""
     used: list[tuple[int, int]]
     """On the host: (expert, pairs) of those that have any."""
 
     @classmethod
-    def of(cls, chosen: Tensor, experts: int) -> "Grouping":
-        """For the experts chosen [n, top_k]. On CUDA without a wait for the device."""
-        top_k, flat = chosen.shape[1], chosen.flatten()
-        if chosen.is_cuda:
-            order = flat.argsort(stable=True)
-            # Not bincount, which waits for the device.
-            counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
-            return cls(order, order // top_k, counts.cumsum(0, dtype=torch.int32), [])
-        experts_of = flat.tolist()
-        pairs = sorted(range(len(experts_of)), key=experts_of.__getitem__)
-        used = [(expert, experts_of.count(expert)) for expert in sorted(set(experts_of))]
-        return cls(torch.tensor(pairs), torch.tensor([pair // top_k for pair in pairs]), None, used)
+    def of(cls, logits: Tensor, top_k: int) -> "Grouping":
+        """For the router's logits [n, experts] fp32. On CUDA without a wait for the device."""
+        if logits.is_cuda:
+            routed = route(logits, top_k)
+            return cls(routed.experts, routed.tokens, routed.shares, routed.places, routed.ends, [])
+        scores, chosen = logits.topk(top_k, dim=-1)
+        experts = chosen.flatten().tolist()
+        order = sorted(range(len(experts)), key=experts.__getitem__)
+        tokens, order_ids = torch.tensor([[pair // top_k for pair in order], order])
+        places = torch.empty_like(order_ids).index_copy_(0, order_ids, torch.arange(len(order)))
+        shares = scores.softmax(dim=-1).flatten().index_select(0, order_ids)
+        used = [(expert, experts.count(expert)) for expert in sorted(set(experts))]
+        return cls(chosen, tokens, shares, places, None, used)
 
     def product(self, x: Tensor, weights: Tensor) -> Tensor:
         """x @ weights[expert of the row]^T [n * top_k, N] for sorted rows x and weights [experts, N, K]: one grouped kernel on CUDA,
@@ -54,8 +60,6 @@ class Grouping:
         parts = x.split([count for _, count in self.used])
         return torch.cat([product(part, weights[expert]) for part, (expert, _) in zip(parts, self.used, strict=True)])
 
-    def summed(self, x: Tensor, tokens: int) -> Tensor:
-        """[tokens, N] from sorted rows x: the sum over each token's experts, in fixed order."""
-        if tokens > 1:
-            x = torch.empty_like(x).index_copy_(0, self.order, x)
-        return x.view(tokens, -1, x.shape[1]).sum(dim=1)
+    def summed(self, x: Tensor) -> Tensor:
+        """[n, N] from sorted rows x: the sum over each token's experts, in fixed order."""
+        return x.index_select(0, self.places).view(*self.chosen.shape, -1).sum(dim=1)
