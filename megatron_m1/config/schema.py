@@ -348,6 +348,7 @@ class RLConfig:
     overlong_tokens: int = 0
     """DAPO's soft penalty on the last so many tokens before `max_new_tokens`; 0: none."""
     reward_workers: int = 2
+    """Processes that judge what one data-parallel rank has generated."""
     reward_timeout_s: float = 10.0
     reward_max_error_share: float = 0.05
     """More rewards than this in error stop the run."""

@@ -8,6 +8,7 @@ import torch
 
 from megatron_m1.config.schema import Config
 from megatron_m1.engine import equality
+from megatron_m1.engine.optimizer import set_gradient_clip
 from megatron_m1.engine.trainer import Trainer
 from megatron_m1.parallel import destroy_groups, init_groups
 from megatron_m1.rl import update as update_module
@@ -92,6 +93,25 @@ def test_gradient_does_not_depend_on_packing(ranks, reference):
 
 def test_samples_go_to_the_rank_that_trains_on_them(ranks, reference):
     assert worst(reference, ranks(2, gradients, tiny_config(), "samples apart")) <= BOUND
+
+
+def norms_after_clipping(rank: int, world: int, config: Config, clip: float) -> tuple[float, float]:
+    """Gradient norm that an update reports, and that of the gradients it used."""
+    trainer = Trainer(copy.deepcopy(config), init_groups(config.parallel, seed=1))
+    set_gradient_clip(trainer.optimizer, clip)
+    policy = PolicyBatch(trainer, config, fixed_samples(), settings=SETTINGS)
+    policy.score()
+    reported = policy.update(0, lr=1e-3).step.grad_norm
+    used = [parameter.main_grad.norm() for model in trainer.models for parameter in model.parameters()]
+    destroy_groups()
+    return reported, torch.stack(used).norm().item()
+
+
+def test_the_gradient_clip_of_a_window_is_applied(ranks):
+    ((norm, used),) = ranks(1, norms_after_clipping, tiny_config(), 1e9)
+    assert used == pytest.approx(norm, rel=1e-5)
+    ((norm, used),) = ranks(1, norms_after_clipping, tiny_config(), norm / 2)
+    assert used == pytest.approx(norm / 2, rel=1e-4)
 
 
 def test_a_normaliser_of_the_rank_alone_is_noticed(ranks, reference):
