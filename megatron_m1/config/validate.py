@@ -378,11 +378,6 @@ def _rl(config: Config) -> Iterator[str]:
             f"rl.routing_replay=true has no experts to replay for tokens that moe.capacity_factor={config.moe.capacity_factor} drops; "
             "set one of them to false or null."
         )
-    if rl.routing_replay and training.recompute == "selective" and "moe" in training.recompute_modules:
-        yield (
-            f"rl.routing_replay=true does not reach the experts that training.recompute_modules={training.recompute_modules} recomputes; "
-            "take moe out, or use training.recompute=full."
-        )
     if rl.engine == "reference" and config.parallel.context > 1:
         yield (
             f"rl.engine=reference with parallel.context={config.parallel.context} would not give training's bits, which then come from "

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -60,6 +61,8 @@ class M1Layer(TransformerLayer):
         self.attention_beta: float = getattr(m1, f"layernorm_{kind}_beta")
         self.mlp_alpha, self.mlp_beta = m1.layernorm_mlp_alpha, m1.layernorm_mlp_beta
         self.shared_mlp = SharedExpert(config, pg_collection=pg_collection) if m1.shared_intermediate_size else None
+        # Core would recompute inside the MoE layer, where the experts to replay cannot be told.
+        self.recompute_experts, self.mlp.moe_layer_recompute = self.mlp.moe_layer_recompute, False
         # Core's experts want distinct tokens on each tensor-parallel rank; without sequence parallelism we scatter for them.
         self.scatter_for_experts = self.tp_group.size() > 1 and not config.sequence_parallel
 
@@ -90,8 +93,13 @@ class M1Layer(TransformerLayer):
         hidden_states = _weighted_sum(residual, out, self.attention_alpha, self.attention_beta)
 
         y = self.pre_mlp_layernorm(hidden_states)
-        with self.mlp.router.replaying(self._recorded(packed_seq_params)):
-            out = self._experts(y, padding_mask)
+        recorded = self._recorded(packed_seq_params)
+
+        def experts(y: Tensor) -> Tensor:
+            with self.mlp.router.replaying(recorded):
+                return self._experts(y, padding_mask)
+
+        out = checkpoint(experts, False, y) if self.recompute_experts and self.training else experts(y)
         if self.shared_mlp is not None:
             out = self.shared_mlp(y, out)
         residual = y if self.postnorm else hidden_states
