@@ -301,21 +301,6 @@ def sweep(
 
 
 @triton.jit
-def _gather(b, v, state, s, j, tokens, REVERSE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):
-    """state [BV, DP] and what the tokens j of a span of `tokens` add to it; transposed and EXACT as in `_advance`."""
-    if REVERSE:
-        gap = j + 1
-    else:
-        gap = tokens - 1 - j
-    weighted = tl.trans(v) * tl.exp2(-s * tl.maximum(gap, 0).to(tl.float32))[None, :]
-    leading = weighted.to(v.dtype)
-    state = _dot(leading, b, state, PRECISION)
-    if EXACT:
-        state = _dot((weighted - leading.to(tl.float32)).to(v.dtype), b, state, PRECISION)
-    return state
-
-
-@triton.jit
 def local_states(
     B_,
     V,
@@ -369,20 +354,25 @@ def local_states(
             else:
                 low = tl.maximum(tokens - reach, 0) // C * C
         i = tl.arange(0, C)
-        state = tl.zeros([BV, DP], tl.float32)
-        whole = tokens // C * C
-        for t in tl.range(low, tl.minimum(tl.cdiv(high, C) * C, whole), C, num_stages=STAGES):
-            b = _tile(B_, row, start + t, h, 0, C, DP)
-            v = _tile(V, row, start + t, h, e, C, BV)
-            state = _gather(b, v, state, s, t + i, tokens, REVERSE, PRECISION, EXACT)
-        if high > whole:
-            b = _head(_tile(B_, row, start + whole, h, 0, C, DP), tokens - whole, C)
-            v = _head(_tile(V, row, start + whole, h, e, C, BV), tokens - whole, C)
-            state = _gather(b, v, state, s, whole + i, tokens, REVERSE, PRECISION, EXACT)
+        state = tl.zeros([DP, BV], tl.float32)
+        for t in tl.range(low, high, C, num_stages=STAGES):
+            j = t + i
+            if REVERSE:
+                gap = j + 1
+            else:
+                gap = tokens - 1 - j
+            weight = tl.where(j < tokens, tl.exp2(-s * tl.maximum(gap, 0).to(tl.float32)), 0.0)
+            b = _head(_tile(B_, row, start + t, h, 0, C, DP), tokens - t, C)
+            v = _head(_tile(V, row, start + t, h, e, C, BV), tokens - t, C)
+            weighted = v * weight[:, None]
+            leading = weighted.to(v.dtype)
+            state = _dot(tl.trans(b), leading, state, PRECISION)
+            if EXACT:
+                state = _dot(tl.trans(b), (weighted - leading.to(tl.float32)).to(v.dtype), state, PRECISION)
         channels = tl.arange(0, DP)
         columns = e + tl.arange(0, BV)
-        places = (w.to(tl.int64) * H + h) * D * D + columns[:, None] + channels[None, :] * D
-        tl.store(States + places, state, mask=(columns < D)[:, None] & (channels < D)[None, :])
+        places = (w.to(tl.int64) * H + h) * D * D + channels[:, None] * D + columns[None, :]
+        tl.store(States + places, state, mask=(channels < D)[:, None] & (columns < D)[None, :])
 
 
 @triton.jit
