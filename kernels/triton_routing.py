@@ -76,13 +76,13 @@ def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[
     """(name, kernel, signature, constexprs, options) of both kernels with M1's experts, for offline compilation; see `triton_norm`."""
     kinds = {"logits": "*fp32:16", "shares": "*fp32:16", "sorted_shares": "*fp32:16", "ends": "*i32:16"}
     kinds |= {"token_stride": "i32:16", "pairs": "i32"}
+    choosing: dict[str, object] = {"E": 32, "K": 2, "BLOCK_E": 32, "BLOCK_K": 2, "expert_stride": 1}
+    sorting: dict[str, object] = {"E": 32, "K": 2, "BLOCK_P": 256}
     cases = []
-    for kernel, constants, options in (
-        (_choose_kernel, {"E": 32, "K": 2, "BLOCK_E": 32, "BLOCK_K": 2, "expert_stride": 1}, {"num_warps": 1}),
-        (_sort_kernel, {"E": 32, "K": 2, "BLOCK_P": 256}, {"num_warps": 4}),
-    ):
-        signature = {a: "constexpr" if a in constants else kinds.get(a, "*i64:16") for a in kernel.arg_names}
-        cases.append(
-            (f"route{kernel.__name__.removesuffix('_kernel')}[32]", kernel, signature, dict(constants), options)
-        )
+    for kernel, constants, warps in ((_choose_kernel, choosing, 1), (_sort_kernel, sorting, 4)):
+        signature = {
+            str(name): "constexpr" if name in constants else kinds.get(name, "*i64:16") for name in kernel.arg_names
+        }
+        name = f"route{kernel.__name__.removesuffix('_kernel')}[32]"
+        cases.append((name, kernel, signature, constants, {"num_warps": warps}))
     return cases

@@ -1,6 +1,8 @@
 """Generation over slots on the training modules: prompts in chunks, one-token decoding, in any layout."""
 
 import contextlib
+import functools
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -20,11 +22,14 @@ from megatron_m1.generation.routing import RoutingRecord
 from megatron_m1.generation.schedule import PromptGroup, group_requests, results_of_all, share_of_replica
 from megatron_m1.generation.stages import Stages, inference
 from megatron_m1.model.m1 import M1Model
+from megatron_m1.platform.graphs import obstacle as graph_obstacle
 from megatron_m1.platform.transfer import upload
 
 __all__ = ["DECODE_MODES", "Engine"]
 
 DECODE_MODES = ("auto", "host", "device", "graph")
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -55,8 +60,8 @@ class Engine:
         logprob_temperature: of the log-probabilities that are reported, as the trainer that uses them scores.
         decode: how the host drives one-token passes. "host": it knows every length and touches no key behind one (CPU). "device":
         the kernels read lengths and blocks from the device, and the host waits for the sampled tokens alone. "graph": so too, and
-        a pass is one CUDA graph (one rank, experts in bf16 or fp16 on compute capability 9.0 or newer); raises RuntimeError where
-        the device refuses. "auto": "host" on CPU; on CUDA graphs, and, with a warning, "device" where they are refused.
+        a pass is one CUDA graph (one rank, bf16, compute capability 9.0 or newer); raises ValueError where that is impossible and
+        RuntimeError where the device refuses. "auto": "host" on CPU; on CUDA graphs, else "device", and the log says why.
         """
         if decode not in DECODE_MODES:
             raise ValueError(f"decode={decode!r} must be one of {', '.join(DECODE_MODES)}")
@@ -65,7 +70,7 @@ class Engine:
         self.groups, self.slots = groups, slots
         self.prefill_tokens, self.cache_tokens, self.record_routing = prefill_tokens, cache_tokens, record_routing
         self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature)
-        self.on_device, self.graphs = _decode_mode(decode, groups)
+        self.on_device, self.graphs = _decode_mode(decode, groups, self.stages.config.params_dtype)
 
     def generate(self, requests: list[Request]) -> list[Result]:
         """A result per request, in order, on every rank. All ranks call it with the same requests.
@@ -304,20 +309,26 @@ class _Batch:
         return ended
 
 
-def _decode_mode(decode: str, groups: ProcessGroupCollection) -> tuple[bool, str]:
+def _decode_mode(decode: str, groups: ProcessGroupCollection, dtype: torch.dtype) -> tuple[bool, str]:
     """(whether the device reads its own tables, whether as graphs: "always", "try" or "never")."""
-    alone = all(group.size() == 1 for group in (groups.tp, groups.pp, groups.ep, groups.expt_tp))
-    if decode == "graph":
-        if not platform.is_cuda() or not alone:
-            raise ValueError(
-                "decode='graph' needs CUDA and a replica of one rank, whose passes hold no communication; use 'device' or 'auto'"
-            )
-        return True, "always"
-    if decode == "auto":
-        return platform.is_cuda(), "try" if alone else "never"
     if decode == "host" and platform.is_cuda():
         raise ValueError("decode='host' runs on CPU; use 'device'")
-    return decode == "device", "never"
+    if decode in ("host", "device") or (decode == "auto" and not platform.is_cuda()):
+        return decode == "device", "never"
+    obstacle = graph_obstacle(dtype)
+    if any(group.size() > 1 for group in (groups.tp, groups.pp, groups.ep, groups.expt_tp)):
+        obstacle = "a replica of more than one rank communicates within a pass"
+    if obstacle is None:
+        return True, "always" if decode == "graph" else "try"
+    if decode == "graph":
+        raise ValueError(f"decode='graph' is not possible here: {obstacle}; use 'device' or 'auto'")
+    _log_once(f"decoding runs kernel by kernel, not as CUDA graphs: {obstacle}")
+    return True, "never"
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    logger.warning(text)
 
 
 def _capacity(request: Request) -> int:

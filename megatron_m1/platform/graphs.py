@@ -6,7 +6,17 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["DeviceGraph", "GraphPool"]
+__all__ = ["DeviceGraph", "GraphPool", "obstacle"]
+
+
+def obstacle(dtype: torch.dtype) -> str | None:
+    """Why a pass with experts of `dtype` cannot be recorded on this machine, or None when it can."""
+    if not torch.cuda.is_available():
+        return "graphs need a CUDA device"
+    if dtype != torch.bfloat16 or torch.cuda.get_device_capability() < (9, 0):
+        # A recording that fails leaves torch's random number generator of the device unusable: better not begun.
+        return "torch's grouped products wait for the host, except in bf16 on compute capability 9.0 or newer"
+    return None
 
 
 class GraphPool:

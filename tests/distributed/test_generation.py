@@ -204,7 +204,7 @@ def refuse(rank: int, world: int) -> str:
 
 @pytest.mark.skipif(platform.is_cuda(), reason="there are graphs on CUDA")
 def test_graphs_that_were_asked_for_are_not_replaced_in_silence(ranks):
-    assert "needs CUDA" in ranks(1, refuse)[0]
+    assert "graphs need a CUDA device" in ranks(1, refuse)[0]
 
 
 def test_a_draw_depends_on_seed_and_position_only(ranks, alone):
