@@ -19,12 +19,27 @@ from megatron_m1.platform.rank_pool import RankPool
 platform.setup()
 
 MAX_RANKS = 8
+PRELOAD = [
+    "megatron_m1.checkpoint.native",
+    "megatron_m1.data.batches",
+    "megatron_m1.data.dataset",
+    "megatron_m1.engine.equality",
+    "megatron_m1.engine.layer_stats",
+    "megatron_m1.engine.metrics",
+    "megatron_m1.generation.engine",
+    "megatron_m1.generation.reference",
+    "megatron_m1.pretrain",
+    "megatron_m1.rl.loop",
+    "megatron_m1.rl.rollout",
+    "megatron_m1.rl.update",
+    "pytest",
+]
 
 
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[RankPool]:
     """The pool of persistent ranks that all tests share; processes start when a test first needs them."""
-    with RankPool(MAX_RANKS) as pool:
+    with RankPool(MAX_RANKS, preload=PRELOAD) as pool:
         yield pool
 
 

@@ -1,7 +1,5 @@
 """Imported (for its side effect) once by the server from which `RankPool` forks its ranks."""
 
-import gc
-
 from megatron_m1 import platform
 
 platform.setup()
@@ -12,6 +10,4 @@ import megatron.core.optimizer  # noqa: E402
 import megatron.core.pipeline_parallel  # noqa: E402
 import megatron.core.transformer.moe.moe_layer  # noqa: E402
 import megatron.core.transformer.transformer_block  # noqa: E402, F401
-
-gc.collect()
-gc.freeze()  # half a million objects that no later collection needs to look at (0.2 s each time)
+import torch._dynamo  # noqa: E402, F401  torch.optim imports it at its first use (1 s)
