@@ -24,7 +24,8 @@ from megatron_m1.rl.journal import read_journal
 from megatron_m1.rl.loop import main
 from megatron_m1.rl.packing import pack_samples
 from megatron_m1.rl.samples import Sample
-from megatron_m1.rl.tasks import TaskMix
+from megatron_m1.rl.schedule import PassRates
+from megatron_m1.rl.tasks import TaskMix, prompt_id
 from tests.e2e.pretrain_jobs import ROOT, environment
 from tests.unit.rl.loop_cases import tiny_config
 
@@ -137,8 +138,9 @@ SCHEDULED = {
     "rl__window_tolerance": 1e3,
     "rl__window_near_share": 1e-9,
     "rl__tasks": [{"kind": "sort", "size": 2}, {"kind": "sort", "size": 1}],
-    "rl__curriculum": [{"step": 0, "weights": [1, 0]}, {"step": 2, "weights": [1, 3]}],
+    "rl__curriculum": [{"step": 0, "weights": [1, 3]}, {"step": 2, "weights": [3, 1]}],
     "rl__easy_above": 0.3,
+    "rl__hard_below": 0.05,
     "rl__pass_rate_attempts": 8,
 }
 
@@ -152,37 +154,44 @@ def whole(folder, rank_pool) -> dict[int, dict]:
 
 def test_window_curriculum_and_filter_act_in_the_loop(folder, whole):
     assert [whole[step]["window"] for step in (1, 2, 3)] == [3, 3, 4] and whole[2]["next_window"] == 4
-    assert 0 < whole[1]["prompts_ruled_out"] < whole[3]["prompts_ruled_out"]
     samples = {
         step: list(read_journal(folder / f"whole/journal/step_{step:08d}.replica_00000.jsonl")) for step in (1, 2, 3)
     }
-    longest = {step: max(len(r["response"]) for r in samples[step]) for step in (1, 2, 3)}
-    assert longest == {1: 3, 2: 3, 3: 4}
-    short = {step: sum(len(r["task"]["task"]["answer"]) == 1 for r in samples[step]) for step in (1, 2, 3)}
-    assert short[1] == 0 < short[3]
-    easy = {r["task"]["prompt"] for r in samples[1]} & {r["task"]["prompt"] for r in samples[3]}
-    for prompt in easy:  # asked again, so it was not easy
-        right = sum(r["text"] == r["task"]["task"]["answer"] for r in samples[1] if r["task"]["prompt"] == prompt)
-        assert right <= 0.3 * sum(r["task"]["prompt"] == prompt for r in samples[1])
+    assert {step: max(len(r["response"]) for r in samples[step]) for step in (1, 2, 3)} == {1: 3, 2: 3, 3: 4}
+    rl = from_yaml(folder / "whole/log/config.yaml").rl
+    tasks, rates, replaced = TaskMix(rl, seed=3), PassRates(easy_above=0.3, hard_below=0.05, min_attempts=8), 0
+    for step, records in samples.items():
+        groups: dict[int, list[dict]] = {}
+        for record in records:
+            groups.setdefault(record["group"], []).append(record)
+        for group, members in groups.items():
+            wanted = tasks.task(group, step=step - 1, wanted=lambda prompt: rates.wanted(prompt_id(prompt)))
+            assert {r["task"]["prompt"] for r in members} == {wanted.prompt}
+            replaced += wanted != tasks.task(group, step=step - 1)
+        for members in groups.values():
+            right = sum(r["text"].strip() == r["task"]["task"]["answer"] for r in members)
+            rates.record(prompt_id(members[0]["task"]["prompt"]), right=right, attempts=len(members))
+        assert rates.ruled_out() == whole[step]["prompts_ruled_out"]
+    assert replaced > 0
+    short = {s: sum(len(r["task"]["task"]["answer"]) == 1 for r in samples[s]) / len(samples[s]) for s in (1, 3)}
+    assert short[3] < 0.5 < short[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_ended_goes_on_with_the_same_bits(folder, whole, ranks, number):
-    run = signal.Signals(number).name
-    # On SIGTERM it saves where it is, in the middle of the samples of step 2.
-    every = {"checkpoint__every_steps": int(number == signal.SIGKILL)}
+def signalled(folder: Path, run: str, number: signal.Signals, *, step: int, samples: int, **values: object) -> str:
+    """What the rl command prints until it ends on the signal, which it gets when so many samples of the step are on disk."""
+    resume = (folder / run / "save/latest").exists()
     job = subprocess.Popen(
-        [sys.executable, "-m", "megatron_m1", "rl", *options(folder, run, **SCHEDULED, **every)],
+        [sys.executable, "-m", "megatron_m1", "rl", *options(folder, run, resume=resume, **values)],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    journal = folder / run / "journal/step_00000002.replica_00000.jsonl"
+    journal = folder / run / f"journal/step_{step:08d}.replica_00000.jsonl"
     try:
         deadline = time.monotonic() + 60
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 10:
+        while not journal.exists() or journal.read_bytes().count(b"\n") < samples:
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         os.killpg(job.pid, number)
@@ -191,19 +200,31 @@ def test_a_run_that_is_ended_goes_on_with_the_same_bits(folder, whole, ranks, nu
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
-    if number == signal.SIGTERM:
-        assert job.returncode == 0 and "stopping in step 2, whose finished samples are in the journal: SIGTERM" in said
-    assert (folder / run / "save/latest").read_text().strip() == "step_00000001"
-    before = {r["number"] for r in read_journal(journal)}
-    assert 10 <= len(before) < whole[2]["sampled"]
-    ranks(1, rl_rank, options(folder, run, resume=True, **SCHEDULED), timeout_s=120)
-    after = [r["number"] for r in read_journal(journal)]
-    assert len(after) == len(set(after)) and before < set(after)  # none was generated twice
-    assert whole == metrics(folder, run)
+    assert job.returncode == (0 if number == signal.SIGTERM else -number)
+    return said
+
+
+def test_a_run_that_is_ended_goes_on_with_the_same_bits(folder, whole, ranks):
+    """SIGTERM in the middle of the samples of step 2, where it saves what step 1 left; kill -9 in those of step 3."""
+    journals = [folder / f"ended/journal/step_{step:08d}.replica_00000.jsonl" for step in (2, 3)]
+    before = {}
+    said = signalled(folder, "ended", signal.SIGTERM, step=2, samples=10, **SCHEDULED | {"checkpoint__every_steps": 0})
+    assert "stopping in step 2, whose finished samples are in the journal: SIGTERM" in said
+    assert (folder / "ended/save/latest").read_text().strip() == "step_00000001"
+    before[2] = {r["number"] for r in read_journal(journals[0])}
+    signalled(folder, "ended", signal.SIGKILL, step=3, samples=10, **SCHEDULED)
+    assert (folder / "ended/save/latest").read_text().strip() == "step_00000002"
+    before[3] = {r["number"] for r in read_journal(journals[1])}
+    ranks(1, rl_rank, options(folder, "ended", resume=True, **SCHEDULED), timeout_s=120)
+    for step, journal in zip((2, 3), journals, strict=True):
+        after = [r["number"] for r in read_journal(journal)]
+        assert len(after) == len(set(after)) == whole[step]["sampled"]  # none was generated twice
+        assert len(before[step]) >= 10 and before[step] < set(after)
+    assert whole == metrics(folder, "ended")
     for step in whole.values():
         assert step["first_is_weight"] == 1.0 and step["max_abs_diff"] == step["not_bit_equal_share"] == 0.0
     config = from_yaml(folder / "rl.yaml")
-    (a,), (b,) = (ranks(1, weights, config, folder / name / "save" / f"step_{STEPS:08d}") for name in ("whole", run))
+    (a,), (b,) = (ranks(1, weights, config, folder / run / "save" / f"step_{STEPS:08d}") for run in ("whole", "ended"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -212,7 +233,9 @@ ONE_STEP = {
     "rl__updates_per_batch": 1,
     "training__global_batch": 32,
     "rl__refills": 1,
-    "rl__held_out_prompts": 16,
+    "rl__held_out_prompts": 8,
+    "rl__pages": "false",
+    "checkpoint__save": "null",
     "checkpoint__every_steps": 0,
 }
 
