@@ -35,6 +35,7 @@ from megatron_m1.config.schema import ModelConfig, ParallelConfig
 
 platform.setup()
 
+from benchmarks.any_rank import environment  # noqa: E402
 from benchmarks.generation_sides import (  # noqa: E402
     GREEDY,
     Ours,
@@ -48,7 +49,7 @@ from benchmarks.generation_sides import (  # noqa: E402
     state_bytes,
     step_bytes,
 )
-from benchmarks.train_step_cpu import git, transformers_version  # noqa: E402
+from benchmarks.train_step_cpu import transformers_version  # noqa: E402
 from megatron_m1.engine.distributed import init_distributed, shutdown_distributed  # noqa: E402
 from megatron_m1.parallel import init_groups  # noqa: E402
 
@@ -106,13 +107,9 @@ def main() -> int:
     init_distributed(ParallelConfig().timeout_s)
     ours = Ours(model, init_groups(ParallelConfig(), seed=1), precision="bf16")
     results: dict[str, Any] = {
-        "command": "python -m benchmarks.generate_gpu " + " ".join(sys.argv[1:]),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": {
-            "device": platform.device_name(), "torch": torch.__version__, "transformers": transformers_version(),
-            "read_gbyte_per_s": read_rate() / 1e9,
-        },
+        **environment("generate_gpu", None),
+        "transformers": transformers_version(),
+        "read_gbyte_per_s": read_rate() / 1e9,
         "model": {
             **{name: getattr(model, name) for name in ("hidden_size", "num_hidden_layers", "num_local_experts", "vocab_size")},
             "parameters": sum(p.numel() for p in ours.model.parameters()),

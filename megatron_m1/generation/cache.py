@@ -225,7 +225,7 @@ class HybridCache:
         keys.flatten(0, 1).index_copy_(0, now.rows, k[0, : len(now.rows)])
         values.flatten(0, 1).index_copy_(0, now.rows, v[0, : len(now.rows)])
         if now.fresh:
-            return softmax_attention(q, k, v, scale=scale, cu_seqlens=now.cu_seqlens)
+            return softmax_attention(q, k, v, scale=scale, cu_seqlens=now.cu_seqlens, max_seqlen=max(now.counts))
         parts = q[0, : len(now.rows)].split(now.counts)
         out = [
             softmax_attention(part[None], past(keys, sequence)[None], past(values, sequence)[None], scale=scale)[0]
