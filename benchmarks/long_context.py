@@ -10,7 +10,8 @@ slice          all heads and channels, the whole sequence on this GPU
 tensor_share   what one of 8 tensor-parallel ranks holds of it: 8 heads, an eighth of the tokens between the projections
 context_share  all heads, one context-parallel rank's two zig-zag chunks of 1,048,576 tokens, over 8, 16 and 32 ranks; the states and
                keys and values of the neighbours are supplied
-Measured: seconds with the device idle before and after (median of 3 after a first; of calls above 2 s the first), bytes kept for the
+Measured: seconds with the device idle before and after (median of 3 after a first, which compiles; `rounds` 1: the
+first alone, where that is estimated to take above 4 s), bytes kept for the
 backward pass, and peak bytes over what is there before. Modelled: communication, from counted bytes and link speeds. Out of memory
 ends a series of growing sequences; a point expected above --point-limit-s is left out, and says so. Written after every point.
 Exit code 1 if a point failed otherwise or its gradients are not finite.
@@ -50,8 +51,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MILLION = 1 << 20
 STAGES = 3
 KINDS = {"lightning": 0, "softmax": 1}
-LONG_S = 2.0
-"""Calls that take longer are not repeated."""
+LONG_S = 4.0
+"""Calls that are estimated to take longer are not repeated."""
 LABELS = {
     "measured": "forward_s, backward_s, kept_bytes, peak_bytes: one rank alone, neighbours' data supplied, balanced routing",
     "modelled": "communication: counted bytes over link speeds, nothing hidden; estimated_s: engine/step_time.py",
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     model, cluster = load_config(rest).model, DEVICES[options.device]
     results = environment("long_context", argv) | {"labels": LABELS, "model": asdict(model), "points": []}
     if options.resume and options.output.exists():
-        results["points"] = [row for row in json.loads(options.output.read_text())["points"] if "skipped" not in row]
+        results["points"] = [row for row in json.loads(options.output.read_text())["points"] if is_done(row)]
     done = {Point(**row["point"]): row for row in results["points"]}
     for point in points(options):
         if point in done:
@@ -97,6 +98,12 @@ def main(argv: list[str] | None = None) -> int:
         print(line(done[point]), flush=True)
     print(f"written: {options.output}")
     return 1 if any(unexpected(row) for row in results["points"]) else 0
+
+
+def is_done(row: dict[str, Any]) -> bool:
+    """Whether a point was measured, or failed, and was repeated if it should be."""
+    once = row.get("rounds") == 1 and sum(row["estimated_s"].values()) <= LONG_S
+    return "skipped" not in row and not once
 
 
 def unexpected(row: dict[str, Any]) -> bool:
@@ -152,7 +159,7 @@ def left_out(point: Point, rows: list[dict[str, Any]], *, limit_s: float) -> str
         longer = (point.tokens / point.context) / (earlier.tokens / earlier.context)
         if "error" in row and longer >= 1:
             return f"with {earlier.tokens // earlier.context} tokens: {row['error']}"
-        if "forward_s" in row:
+        if row.get("rounds", 0) > 1:
             # Softmax attention works on all tokens of the sequence, of which context ranks take equal parts.
             growth = longer * (point.tokens / earlier.tokens if point.kind == "softmax" else 1)
             expected = growth * (row["forward_s"] + row["backward_s"])
@@ -197,9 +204,10 @@ def measure_point(point: Point, model: ModelConfig, *, cluster: Cluster, experts
             return layer(batch.tokens, batch.position_ids, packed_seq_params=batch.packed)
 
         weight_bytes = sum(p.nbytes for p in layer.parameters())
-        figures = timed(forward, gradient, received, gradient_bytes=x.nbytes + weight_bytes)
         links = replace(cluster, gpus=world_size)
         rates = stage_seconds(config, replace(DEVICES[device_kind()], gpus=world_size))[1]
+        repeat = sum(rates[name] for name in COMPUTE) <= LONG_S
+        figures = timed(forward, gradient, received, gradient_bytes=x.nbytes + weight_bytes, repeat=repeat)
         gradients = [x.grad, *(p.grad for p in layer.parameters())]
         exchanged = figures.pop("received")
         return {
@@ -243,22 +251,23 @@ def micro_batch(config: Config, *, rank: int) -> MicroBatch:
 
 
 def timed(
-    forward: Callable[[], torch.Tensor], gradient: torch.Tensor, arrivals: Arrivals, *, gradient_bytes: int
+    forward: Callable[[], torch.Tensor],
+    gradient: torch.Tensor,
+    arrivals: Arrivals,
+    *,
+    gradient_bytes: int,
+    repeat: bool,
 ) -> dict[str, Any]:
     """forward_s, backward_s, kept_bytes and peak_bytes (None on CPU), rounds, and `received` by one call.
 
-    gradient_bytes: of the gradients that the first call leaves, which are not counted.
+    gradient_bytes: of the gradients that the first call leaves, which are not counted.  repeat: leave out the first call.
     """
     before = allocated()
     calls = [one_call(forward, gradient)]
-    if calls[0].forward_s + calls[0].backward_s > LONG_S:
-        chosen, left = calls, gradient_bytes
-        exchanged = arrivals.take()
-    else:
-        arrivals.take()
-        chosen, left = [one_call(forward, gradient)], 0
-        exchanged = arrivals.take()
-        chosen += [one_call(forward, gradient) for _ in range(2)]
+    exchanged = arrivals.take()
+    chosen, left = calls, gradient_bytes
+    if repeat:
+        chosen, left = [one_call(forward, gradient) for _ in range(3)], 0
     cuda = platform.is_cuda()
     return {
         "forward_s": statistics.median(call.forward_s for call in chosen),

@@ -5,8 +5,9 @@
     python tools/plan_layout.py --rates benchmarks/results/rates.json ...
 
 Fitted: a factor on all terms of a lightning layer and one on those of a softmax layer without its kernel, and that kernel's rates
-forward and backward, by least squares of relative errors over the single layers; then the rate of the fp32 head from the last stages
-of whole ranks. All other rates stay as they are. The error given is that of the other stages' micro-batches, which were not fitted.
+forward and backward, by least squares of relative errors over the single layers that take the device at least twice as long as the
+quickest, which the host limits. Then, from whole ranks: the host's time for a layer from the stages without head, where it exceeds
+their work, and the rate of the fp32 head from the last stages. All other rates stay as they are.
 """
 
 import argparse
@@ -29,9 +30,11 @@ from megatron_m1.engine.cluster import DEVICES, Cluster
 from megatron_m1.engine.rates import Rates
 from megatron_m1.engine.step_time import COMPUTE, stage_seconds
 
-__all__ = ["fit_head", "fit_layers", "rank_errors"]
+__all__ = ["fit_layers", "fit_ranks", "rank_errors"]
 
 EXPERTS = 32
+HOST_BOUND = 1.25
+"""A rank that takes more than this times its work is taken to wait for the host."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,16 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     layers = next(result for result in results if "points" in result)
     ranks = [result for result in results if "ranks" in result]
     model = ModelConfig(**layers["model"])
-    rates = fit_head(ranks, fit_layers(layers["points"], model, DEVICES[device]), DEVICES[device])
+    rates = fit_ranks(ranks, fit_layers(layers["points"], model, DEVICES[device]), DEVICES[device])
     fitted = replace(DEVICES[device], rates=rates)
     errors = list(layer_errors(layers["points"], model, fitted))
     text = (
         f"fitted to {len(errors)} single layers alone on an {layers['hardware']['device']} "
         f"(median error {statistics.median(errors):.0%}, largest {max(errors):.0%})"
     )
-    whole = [error for error, is_last in rank_errors(ranks, fitted) if not is_last]
-    if whole:
-        text += f"; whole ranks of the 456B layouts, communication left out, are off by {min(whole):+.0%} to {max(whole):+.0%}"
+    for name, chosen in (("before", DEVICES[device]), ("after", fitted)):
+        whole = list(rank_errors(ranks, chosen))
+        if whole:
+            text += f"; {name} the fit, estimates of {len(whole)} whole ranks without communication are off by {min(whole):+.0%} to {max(whole):+.0%}"
     text += "; communication, bubbles and overlap were not measured"
     found = asdict(replace(rates, calibration=text))
     print(json.dumps(found, indent=1))
@@ -93,16 +97,23 @@ def fit_layers(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) 
     )
 
 
-def fit_head(results: list[dict[str, Any]], rates: Rates, device: Cluster) -> Rates:
-    """`rates` with that of the fp32 head from the last stages of benchmarks.any_rank; as they are if there is none."""
-    found = []
-    for config, row, is_last in _ranks(results):
-        if is_last:
-            terms = stage_seconds(config, replace(device, rates=rates, gpus=_world(config)))[row["stage"]]
-            head = row["measured"]["micro_batch_s"] - sum(terms[name] for name in COMPUTE if name != "head")
-            found.append(rates.fp32_tflops * terms["head"] / head)
-    positive = [rate for rate in found if rate > 0]
-    return replace(rates, fp32_tflops=statistics.median(positive)) if positive else rates
+def fit_ranks(results: list[dict[str, Any]], rates: Rates, device: Cluster) -> Rates:
+    """`rates` with the host's time for a layer and the rate of the fp32 head from benchmarks.any_rank, as far as it has them."""
+    for last in (False, True):
+        found = []
+        for config, row, is_last in _ranks(results):
+            if is_last != last:
+                continue
+            terms = _rank_terms(config, row, replace(device, rates=rates))
+            seconds = row["measured"]["micro_batch_s"]
+            if last:
+                found.append(rates.fp32_tflops * terms["head"] / (seconds - sum(terms.values()) + terms["head"]))
+            elif seconds > HOST_BOUND * sum(terms.values()):
+                found.append(seconds / len(row["layers"]))
+        found = [value for value in found if value > 0]
+        if found:
+            rates = replace(rates, **{"fp32_tflops" if last else "layer_host_s": statistics.median(found)})
+    return rates
 
 
 def layer_errors(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) -> Iterator[float]:
@@ -111,21 +122,34 @@ def layer_errors(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster
         yield abs(sum(_terms(point, model, device).values()) / (row["forward_s"] + row["backward_s"]) - 1)
 
 
-def rank_errors(results: list[dict[str, Any]], device: Cluster) -> Iterator[tuple[float, bool]]:
-    """(estimate over measurement, less 1; whether it is a last stage) of every rank's micro-batch without communication."""
-    for config, row, is_last in _ranks(results):
-        terms = stage_seconds(config, replace(device, gpus=_world(config)))[row["stage"]]
-        yield sum(terms[name] for name in COMPUTE) / row["measured"]["micro_batch_s"] - 1, is_last
+def rank_errors(results: list[dict[str, Any]], device: Cluster) -> Iterator[float]:
+    """Estimate over measurement, less 1, of every rank's micro-batch without communication."""
+    for config, row, _ in _ranks(results):
+        yield sum(_rank_terms(config, row, device).values()) / row["measured"]["micro_batch_s"] - 1
 
 
 def _measured(rows: list[dict[str, Any]]) -> Iterator[tuple[Point, dict[str, Any]]]:
-    return ((Point(**row["point"]), row) for row in rows if "forward_s" in row)
+    """The points that were repeated and that the device limits, not the host."""
+    repeated = [row for row in rows if row.get("rounds", 0) > 1]
+    quickest = min(row["forward_s"] + row["backward_s"] for row in repeated)
+    return ((Point(**r["point"]), r) for r in repeated if r["forward_s"] + r["backward_s"] >= 2 * quickest)
 
 
 def _terms(point: Point, model: ModelConfig, device: Cluster) -> dict[str, float]:
     config = layer_config(point, model, EXPERTS)
     terms = stage_seconds(config, replace(device, gpus=STAGES * point.tensor * point.context * EXPERTS))[1]
     return {name: terms[name] for name in COMPUTE}
+
+
+def _rank_terms(config: Config, row: dict[str, Any], device: Cluster) -> dict[str, float]:
+    """Work of a rank's micro-batch, and what is left of the host's time."""
+    parallel = config.parallel
+    # A number of GPUs that the layout divides: the work of a rank does not depend on it.
+    gpus = parallel.tensor * parallel.pipeline * parallel.context * parallel.expert
+    terms = stage_seconds(config, replace(device, gpus=gpus))[row["stage"]]
+    work = {name: terms[name] for name in COMPUTE}
+    host = device.rates.layer_host_s * len(row["layers"])
+    return work | {"launch": max(0.0, host - sum(work.values()) + work["head"])}
 
 
 def _ranks(results: list[dict[str, Any]]) -> Iterator[tuple[Config, dict[str, Any], bool]]:
@@ -137,12 +161,6 @@ def _ranks(results: list[dict[str, Any]]) -> Iterator[tuple[Config, dict[str, An
         for row in result["ranks"]:
             if "measured" in row:
                 yield config, row, row["stage"] == config.parallel.pipeline - 1
-
-
-def _world(config: Config) -> int:
-    """A number of GPUs that the layout divides: the work of a rank does not depend on it."""
-    parallel = config.parallel
-    return parallel.tensor * parallel.pipeline * parallel.context * parallel.expert
 
 
 if __name__ == "__main__":

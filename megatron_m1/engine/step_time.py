@@ -25,7 +25,7 @@ _BF16 = 2
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what they are spent on; the first ten are means over the stages, whose spread is `imbalance`."""
+    """Seconds of a step by what they are spent on; the first eleven are means over the stages, whose spread is `imbalance`."""
 
     gemm: float
     """Dense matrix products of attention and shared experts."""
@@ -42,6 +42,8 @@ class StepTime:
     """K and V between context-parallel ranks, as far as softmax attention does not hide them."""
     states: float
     """Lightning states between context-parallel ranks, gathered, nothing hidden."""
+    launch: float
+    """The device waiting for the host to queue layers that take it less time than that (rates.layer_host_s)."""
     imbalance: float
     """The slowest stage over the mean: softmax layers are few, and the last stage has the head."""
     pipeline: float
@@ -89,7 +91,7 @@ def stage_seconds(config: Config, cluster: Cluster) -> list[dict[str, float]]:
     layers = {kind: _layer(config, cluster, kind) for kind in set(types)}
     stages = []
     for stage in range(parallel.pipeline):
-        terms = dict.fromkeys((*_PER_LAYER, "head"), 0.0)
+        terms = dict.fromkeys((*_PER_LAYER, "head", "launch"), 0.0)
         for layer in stage_layers(config, stage):
             for name, seconds in layers[types[layer]].items():
                 terms[name] += seconds
@@ -120,10 +122,11 @@ def _layer(config: Config, cluster: Cluster, kind: int) -> dict[str, float]:
         exchange["ring"] = tuple(max(0.0, sent - computed) for sent, computed in hidden)
     modules = {"none": [], "full": ["full"], "selective": training.recompute_modules}[training.recompute]
     again = frozenset().union(*(_RECOMPUTED[module] for module in modules))
-    return {
+    terms = {
         name: backward + forward * (2 if name in again else 1)
         for name, (forward, backward) in (compute | exchange).items()
     }
+    return terms | {"launch": max(0.0, cluster.rates.layer_host_s - sum(terms.values()))}
 
 
 def _compute(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[float, ...]]:

@@ -60,6 +60,14 @@ def test_factors_of_whole_layers_leave_the_attention_kernel_and_the_head():
         assert min(rises) > 0 and sum(rises) == pytest.approx(2 * getattr(plain, name))
 
 
+def test_layers_take_at_least_the_hosts_time():
+    plain = step_time(config(), CLUSTER)
+    waiting = step_time(config(), replace(CLUSTER, rates=replace(CLUSTER.rates, layer_host_s=1.0)))
+    work = plain.gemm + plain.experts + plain.lightning + plain.softmax + plain.elementwise
+    assert plain.launch == 0 and waiting.launch == pytest.approx(4 * 1.0 - work)  # 4 layers, one micro-batch
+    assert waiting.head == plain.head
+
+
 def test_the_head_computes_a_fourth_product_in_chunks():
     whole, chunks = config(), config()
     chunks.training.head_chunk_tokens = TOKENS // 2
