@@ -28,6 +28,11 @@ def distance(runs, whole) -> float:
     return ((figures - expected) / expected).abs().max().item()
 
 
+@pytest.fixture(scope="module")
+def whole(rank_pool):
+    return rank_pool.run(train, (tiny_config(precision="bf16"), 3), world=1)
+
+
 @pytest.mark.parametrize(
     ("world", "parallel"),
     [
@@ -38,12 +43,11 @@ def distance(runs, whole) -> float:
     ],
     ids=["TP2", "DP2 without distributed optimizer", "DP2xPP2 VPP2", "DP2xEP2 with overlap"],
 )
-def test_bf16_layouts_agree(ranks, world, parallel):
-    whole = ranks(1, train, tiny_config(precision="bf16"), 3)
+def test_bf16_layouts_agree(ranks, whole, world, parallel):
     assert distance(ranks(world, train, tiny_config(precision="bf16", **parallel), 3), whole) < BAND
 
 
-def test_one_exchange_of_both_types_is_noticed(ranks):
+def test_one_exchange_of_both_types_is_noticed(ranks, whole):
     """The mutant of the test above. If it passes, gloo has learnt it and engine/optimizer.py can let core decide."""
     config = tiny_config(precision="bf16", pipeline=2, virtual_pipeline=2)
-    assert distance(ranks(4, train_in_one_exchange, config), ranks(1, train, tiny_config(precision="bf16"), 3)) > BAND
+    assert distance(ranks(4, train_in_one_exchange, config), whole) > BAND
