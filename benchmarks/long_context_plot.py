@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 
 __all__ = ["blocks"]
 
@@ -86,7 +87,7 @@ def draw(results: dict[str, Any], output: Path) -> None:
             axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit, title=title)
             axis.set_xticks(list(TICKS), list(TICKS.values()))
             axis.set_xlim(7000, 1_300_000)
-            axis.minorticks_off()
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(True, which="major", alpha=0.3)
             axis.legend(fontsize=7)
     hardware = results["hardware"]

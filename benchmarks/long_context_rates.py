@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, chosen in (("before", DEVICES[device]), ("after", fitted)):
         whole = list(rank_errors(ranks, chosen))
         if whole:
-            text += f"; {name} the fit, estimates of {len(whole)} whole ranks without communication are off by {min(whole):+.0%} to {max(whole):+.0%}"
+            text += f"; {name} the fit, estimates of {len(whole)} whole ranks without communication are off by"
+            text += f" {min(whole):+.0%} to {max(whole):+.0%}"
     text += "; communication, bubbles and overlap were not measured"
     found = asdict(replace(rates, calibration=text))
     print(json.dumps(found, indent=1))
