@@ -303,10 +303,10 @@ def test_a_python_that_does_not_run_is_passed_over(tmp_path):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / folder / name).chmod(0o755)
-    bash = shutil.which("bash")
+    bash, nothing = shutil.which("bash"), shutil.which("true")
     command = [bash, "-c", "source tools/setup_env.sh; find_python"]
     path = f"{tmp_path / 'shims'}:/usr/bin:/bin"
-    done = run(command, M1_PYTHON=sys.executable, PYENV_ROOT=str(tmp_path / "pyenv"), PATH=path)
+    done = run(command, M1_PYTHON=nothing, PYENV_ROOT=str(tmp_path / "pyenv"), PATH=path)
     assert done.stdout.strip() == str(tmp_path / "pyenv/versions/3.12.9/bin/python"), done.stderr
-    done = run(command, M1_PYTHON=sys.executable, PYENV_ROOT=str(tmp_path / "none"), PATH=str(tmp_path / "shims"))
+    done = run(command, M1_PYTHON=nothing, PYENV_ROOT=str(tmp_path / "none"), PATH=str(tmp_path / "shims"))
     assert done.returncode == 1 and "no Python >= 3.12" in done.stderr
