@@ -18,7 +18,7 @@ step() { # step NAME COMMAND...
 
 background=()
 logs="$(mktemp -d)"
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$logs"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT
 begin() { # begin NAME COMMAND...: a step that `finish` waits for and prints
     local name="$1"
     shift
