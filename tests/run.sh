@@ -47,7 +47,7 @@ done
 step "ruff check" "$PYTHON" -m ruff check .
 step "ruff format" "$PYTHON" -m ruff format --check .
 finish
-workers="$(nproc)" # at most 8, each with ranks of its own
+workers="$(env -u OMP_NUM_THREADS nproc)" # at most 8, each with ranks of its own
 distribute=(--numprocesses "$((workers < 8 ? workers : 8))" --dist loadfile --no-loadscope-reorder)
 step "pytest" env CUDA_VISIBLE_DEVICES= "$PYTHON" -m pytest -q "${distribute[@]}" "$@"
 if (($# == 0)) && "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
