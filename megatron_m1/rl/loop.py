@@ -23,7 +23,8 @@ def main(argv: list[str]) -> None:
     """`megatron_m1 rl`: options as in config/load.py; run alone or under torchrun."""
     config = load_config(argv)
     validate_rl(config, int(os.environ.get("WORLD_SIZE", "1")))
-    loss_settings(config.rl)
+    for cap in {stage.is_weight_cap for stage in config.rl.windows} | {None}:
+        loss_settings(config.rl if cap is None else replace(config.rl, is_weight_cap=cap))
     platform.setup()
     from megatron_m1.engine.distributed import init_distributed, shutdown_distributed
 
@@ -51,7 +52,7 @@ def train(config: Config) -> None:
     from megatron_m1.rl.rollout import Rollouts
     from megatron_m1.rl.update import PolicyBatch
 
-    training, rl, settings = config.training, config.rl, loss_settings(config.rl)
+    training, rl = config.training, config.rl
     groups = init_groups(config.parallel, seed=training.seed)
     with together():
         check_save_folder(config.checkpoint)
@@ -60,6 +61,7 @@ def train(config: Config) -> None:
     first = checkpoints.load() if config.checkpoint.load else 0
     saved, progress, phases = first, Progress(config), Phases()
     progress.load(checkpoints.stage_state)
+    settings = loss_settings(progress.config().rl)
     with together():
         log = MetricsLog(config, rank=dist.get_rank())
 
@@ -90,7 +92,7 @@ def train(config: Config) -> None:
             metrics |= progress.take(batch.facts, batch.tasks)
             policy = None
             if batch.kept:
-                policy = PolicyBatch(trainer, now, batch.samples, settings=loss_settings(now.rl), facts=batch.kept)
+                policy = PolicyBatch(trainer, now, batch.samples, settings=settings, facts=batch.kept)
                 with phases.measure("scoring"):
                     metrics |= policy.score().report()
                 with phases.measure("update"):
@@ -109,6 +111,9 @@ def train(config: Config) -> None:
             if config.checkpoint.save and (last or reason or _every(config.checkpoint.every_steps, step + 1)):
                 checkpoints.save(step + 1, stage_state=progress.state())
                 saved = step + 1
+            if "next_window" in metrics:
+                settings = loss_settings(progress.config().rl)
+                log.say(f"window of {metrics['next_window']} tokens from step {step + 2} on; {settings.describe()}")
             if reason:
                 log.say(f"stopping after step {step + 1}: {reason}")
                 break
@@ -159,8 +164,6 @@ def _line(metrics: dict[str, Any], steps: int) -> str:
     parts = [f"step {metrics['step']}/{steps}  reward {metrics['reward']:.4f}"]
     if "held_out" in metrics:
         parts.append(f"held-out {metrics['held_out']['value']:.4f}")
-    if "next_window" in metrics:
-        parts.append(f"window {metrics['window']} -> {metrics['next_window']}")
     parts.append(f"tokens {metrics['response_tokens_mean']:.1f}  discarded {metrics['discard_rate']:.0%}")
     if "grad_norm" in metrics:
         parts.append(

@@ -31,7 +31,7 @@ def test_help_names_the_commands(capsys):
 
 
 def test_one_rank_of_a_job_tells_the_error():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["-m", "megatron_m1", "pretrain", "--dry-run", "--parallel.tensr=2"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}

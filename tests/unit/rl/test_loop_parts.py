@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_m1.config import ConfigError
+from megatron_m1.config import ConfigError, to_yaml
 from megatron_m1.config.schema import Config, CurriculumPoint, RLConfig, TaskSource, WindowStage
 from megatron_m1.config.validate import validate_rl
-from megatron_m1.rl.loop import loss_settings
+from megatron_m1.rl.loop import loss_settings, main
 from megatron_m1.rl.page import write_page
 from megatron_m1.rl.progress import Progress
 from megatron_m1.rl.rewards.exact import ExactReward
@@ -153,6 +153,14 @@ def test_what_cannot_run_is_refused(change, message):
         setattr(config.rl, name, value)
     with pytest.raises(ConfigError, match=message):
         validate_rl(config, 1)
+
+
+def test_a_cap_of_a_later_window_is_checked_at_the_start(tmp_path):
+    config = tiny_config(windows=[WindowStage(2), WindowStage(4, is_weight_cap=2.0)], is_weight_floor=3.0)
+    config.data.tokenizer = "somewhere"
+    to_yaml(config, tmp_path / "rl.yaml")
+    with pytest.raises(ConfigError, match="must not exceed is_weight_cap"):
+        main(["--config", str(tmp_path / "rl.yaml")])
 
 
 def test_the_reference_engine_is_refused_under_context_parallelism():
