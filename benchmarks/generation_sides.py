@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,19 +188,22 @@ def read_rate() -> float:
     return data.nbytes / best
 
 
-def prefix(ours: Ours, *, new: int, rounds: int, tokens: int = 2048) -> dict[str, Any]:
+def prefix(ours: Ours, *, new: int, rounds: int, tokens: int = 2048, decode: str = "auto") -> dict[str, Any]:
     """8 samples of one prompt against 8 prompts that differ in their first token."""
     [prompt] = random_prompts(1, tokens, ours.config.model.vocab_size)
     shared = ours.requests([prompt] * 8, [new] * 8)
     apart = ours.requests([[token, *prompt[1:]] for token in range(8)], [new] * 8)
-    times = seconds({"shared": lambda: ours.run(shared, 8), "apart": lambda: ours.run(apart, 8)}, rounds)
+    calls = {name: partial(ours.run, asked, 8, decode=decode) for name, asked in (("shared", shared), ("apart", apart))}
+    times = seconds(calls, rounds)
     return {
         "samples": 8, "prompt_tokens": tokens, "new_tokens": new,
         "seconds": {name: min(t["wall_s"]) for name, t in times.items()}, **ratio(times, "apart", "shared"),
     }  # fmt: skip
 
 
-def ragged(ours: Ours, *, lengths: tuple[int, int], count: int, slots: int, warm_up: bool) -> dict[str, Any]:
+def ragged(
+    ours: Ours, *, lengths: tuple[int, int], count: int, slots: int, warm_up: bool, decode: str = "auto"
+) -> dict[str, Any]:
     """Slots refilled as they fall free against static batches; lengths spread evenly on a logarithmic scale, in random order.
 
     static: every row runs to the end of its batch's longest, as in transformers; static_leaving: rows leave when they are done.
@@ -214,11 +218,11 @@ def ragged(ours: Ours, *, lengths: tuple[int, int], count: int, slots: int, warm
     def static(whole: bool) -> None:
         for batch in batches:
             wanted = [max(spread[batch])] * slots if whole else spread[batch]
-            ours.run(ours.requests(prompts[batch], wanted), slots)
+            ours.run(ours.requests(prompts[batch], wanted), slots, decode=decode)
 
     times = seconds(
         {
-            "continuous": lambda: ours.run(ours.requests(prompts, spread), slots),
+            "continuous": lambda: ours.run(ours.requests(prompts, spread), slots, decode=decode),
             "static": lambda: static(True),
             "static_leaving": lambda: static(False),
         },
