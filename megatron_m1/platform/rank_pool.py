@@ -1,6 +1,7 @@
 """Ranks on this machine that start once and then run one function after another, each in a fresh process group."""
 
 import atexit
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -34,6 +35,9 @@ THREADS = 24
 """A worker that has more after a call is replaced: core's data-parallel wrapper is a cycle through autograd's nodes which no garbage
 collector breaks, so its process groups live on, and gloo's threads of groups whose peers are gone keep a core busy."""
 GATHER_S = 0.5  # after a first failure, for the reports of the other ranks
+LEAVE = b"leave"
+"""All ranks have answered: their groups may go. A rank that left before would close its sockets on those that are still connecting
+to it, and gloo's `connectFullMesh` fails there."""
 PRELOAD = "megatron_m1.platform.rank_preload"
 
 
@@ -55,7 +59,7 @@ class RankPool:
     """Up to `size` persistent processes; torch and megatron-core are imported once (CPU: forked from one server).
 
     pool.run(fn, args) calls fn(rank, world, *args) on every rank inside an initialised torch.distributed (gloo, or nccl
-    on CUDA) with one torch thread per rank, and destroys process groups and megatron's parallel state afterwards.
+    on CUDA) with one torch thread per rank; once all have returned, process groups and megatron's parallel state go.
     A rank that fails in any way ends the call with RankError; the processes of that call are then killed and replaced,
     so the next call starts clean. `fn` must be a module-level function; arguments and results travel by pickle.
     Scripts need the usual `if __name__ == "__main__":` guard.
@@ -103,6 +107,11 @@ class RankPool:
             worker.pipe.send_bytes(pickle.dumps(task))
             worker.pipe.send_bytes(pickle.dumps((fn, args)))
         results, failures = self._collect(workers, timeout_s)
+        if not failures:
+            for worker in workers:
+                with contextlib.suppress(ConnectionError):  # it died since; _collect will tell
+                    worker.pipe.send_bytes(LEAVE)
+            _, failures = self._collect(workers, timeout_s)
         if failures:
             for rank in range(world):
                 self._discard(rank)
@@ -218,14 +227,23 @@ def _serve(pipe: multiprocessing.connection.Connection, stacks: str) -> None:
             except (EOFError, ConnectionError):
                 return
             sys.path.extend(entry for entry in path if entry not in sys.path)
+            pipe.send_bytes(_answer(_run_task, payload, rendezvous, rank, world, timeout_s))
             try:
-                answer = _run_task(payload, rendezvous, rank, world, timeout_s)
-            except BaseException:
-                answer = pickle.dumps((False, traceback.format_exc()))
-            pipe.send_bytes(answer)
+                pipe.recv_bytes()  # LEAVE; after a failure the process is killed instead
+            except (EOFError, ConnectionError):
+                return
+            pipe.send_bytes(_answer(_leave_groups))
 
 
-def _run_task(payload: bytes, rendezvous: str, rank: int, world: int, timeout_s: float) -> bytes:
+def _answer(fn: Callable, *args: Any) -> bytes:
+    """(True, result) or (False, traceback), pickled."""
+    try:
+        return pickle.dumps((True, fn(*args)))
+    except BaseException:
+        return pickle.dumps((False, traceback.format_exc()))
+
+
+def _run_task(payload: bytes, rendezvous: str, rank: int, world: int, timeout_s: float) -> Any:
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
@@ -239,9 +257,7 @@ def _run_task(payload: bytes, rendezvous: str, rank: int, world: int, timeout_s:
         world_size=world,
         timeout=timedelta(seconds=timeout_s + CLOSE_S),
     )
-    answer = pickle.dumps((True, fn(rank, world, *args)))
-    _leave_groups()
-    return answer
+    return fn(rank, world, *args)
 
 
 def _leave_groups() -> None:

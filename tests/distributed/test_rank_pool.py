@@ -44,6 +44,12 @@ def sleeps_forever(rank, world):
     return rank
 
 
+def writes_to_a_rank_that_has_returned(rank, world):
+    if rank == 0:
+        time.sleep(0.3)
+        dist.isend(torch.zeros(1), 1)  # raises if rank 1 has closed its sockets
+
+
 def returns_what_cannot_travel(rank, world):
     return lambda: None
 
@@ -84,6 +90,12 @@ def test_a_rank_that_hangs_is_reported_with_its_stack(ranks):
     with pytest.raises(RankError, match=r"ranks \[0\] of 2 did not finish in 3 s(.|\n)*in sleeps_forever"):
         ranks(2, sleeps_forever, timeout_s=3)
     assert time.monotonic() - started < 10
+    works(ranks)
+
+
+def test_a_rank_that_is_done_stays_reachable_until_all_are(ranks):
+    """Otherwise the others may fail while they still connect to it, in `connectFullMesh`."""
+    ranks(2, writes_to_a_rank_that_has_returned, timeout_s=30)
     works(ranks)
 
 
