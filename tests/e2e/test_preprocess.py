@@ -250,6 +250,11 @@ def long_input(folder: Path) -> Path:
     return path
 
 
+def interrupts_are_taken() -> None:
+    """Signals that a process ignores are ignored in its children too: SIGINT in a suite that a shell script started with `&`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_long(folder: Path, long_input: Path, prefix: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A running tool with two workers that have both begun to write."""
     command = [
@@ -264,7 +269,9 @@ def start_long(folder: Path, long_input: Path, prefix: Path) -> tuple[subprocess
         "--workers",
         2,
     ]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=interrupts_are_taken
+    )
     deadline = time.monotonic() + 120
     while len(list(prefix.parent.glob(prefix.name + ".shards-*/*.bin"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
