@@ -21,6 +21,7 @@ platform.setup()
 
 from megatron_m1.engine.trainer import Trainer  # noqa: E402
 from megatron_m1.generation.engine import Engine  # noqa: E402
+from megatron_m1.generation.reference import ReferenceEngine  # noqa: E402
 from megatron_m1.generation.requests import Request, Sampling, request_seed  # noqa: E402
 from megatron_m1.parallel import init_groups  # noqa: E402
 from megatron_m1.rl.samples import Sample, sample_of  # noqa: E402
@@ -85,10 +86,12 @@ def sampled(
     seed: int,
     first: int,
     reward: Callable[[tuple[int, ...], list[int]], float],
+    reference_tokens: int | None = None,
 ) -> list[Sample]:
     """`per_prompt` judged samples of `new_tokens` tokens of each prompt, at temperature 1, with their routing.
 
     first: number of the first sample; what is drawn depends on seed, number, prompt and weights alone. reward(prompt, response).
+    reference_tokens: by the reference engine, in passes over so many tokens; None: by the fast one.
     """
     sampling = Sampling(max_new_tokens=new_tokens, repetition_tokens=0)
     numbers = range(first, first + len(prompts) * per_prompt)
@@ -97,7 +100,11 @@ def sampled(
         for index, number in enumerate(numbers)
     ]
     trainer.complete_parameters()
-    engine = Engine(trainer.models, trainer.groups, slots=len(requests), record_routing=True)
+    engine: Engine | ReferenceEngine
+    if reference_tokens is None:
+        engine = Engine(trainer.models, trainer.groups, slots=len(requests), record_routing=True)
+    else:
+        engine = ReferenceEngine(trainer.models, trainer.groups, tokens=reference_tokens, record_routing=True)
     results = engine.generate(requests)
     samples = []
     for number, request, result in zip(numbers, requests, results, strict=True):

@@ -184,16 +184,19 @@ class LossStats:
     ppo_masked: Tensor
     weight: Tensor
     corrected: Tensor
+    off_policy: Tensor
 
     def __add__(self, other: "LossStats") -> "LossStats":
         return LossStats(*(self.as_tensor() + other.as_tensor()).unbind())
 
     def as_tensor(self) -> Tensor:
-        """[6] float64 in the order of the fields; `LossStats(*tensor.unbind())` is the way back."""
-        return torch.stack([self.tokens, self.capped, self.floored, self.ppo_masked, self.weight, self.corrected])
+        """[7] float64 in the order of the fields; `LossStats(*tensor.unbind())` is the way back."""
+        return torch.stack(
+            [self.tokens, self.capped, self.floored, self.ppo_masked, self.weight, self.corrected, self.off_policy]
+        )
 
     def means(self) -> dict[str, float]:
-        """Shares of loss tokens, and the mean importance weight after clipping."""
+        """Shares of loss tokens, and the mean importance weight after clipping; off policy: the ratio is not exactly 1."""
         tokens = max(self.tokens.item(), 1.0)
         return {
             "capped_share": self.capped.item() / tokens,
@@ -201,6 +204,7 @@ class LossStats:
             "ppo_masked_share": self.ppo_masked.item() / tokens,
             "mean_is_weight": self.weight.item() / tokens,
             "corrected_share": self.corrected.item() / tokens,
+            "off_policy_share": self.off_policy.item() / tokens,
         }
 
 
@@ -255,7 +259,7 @@ def policy_loss(
         factor = factor * correction.clamp(max=settings.correction_cap)
     coefficient = torch.where(dropped, 0.0, factor * weight * advantage).detach()
     loss = -(coefficient * logp).sum()
-    counted = (mask, capped, floored, dropped, weight * mask, corrected)
+    counted = (mask, capped, floored, dropped, weight * mask, corrected, mask & (ratio != 1))
     stats = LossStats(*(tensor.sum(dtype=torch.float64) for tensor in counted))
     return LossOutput(loss, stats, capped)
 

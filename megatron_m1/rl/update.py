@@ -109,7 +109,7 @@ class PolicyBatch:
         with self._bits():
             capped: list[Tensor] = []
             loss_of = partial(_token_loss, settings=self.settings, capped=capped, context=self.trainer.groups.cp)
-            figures = self.trainer.accumulate_gradients(batches, loss=loss_of, figures=7)
+            figures = self.trainer.accumulate_gradients(batches, loss=loss_of, figures=8)
         if capped:  # on the last pipeline stage
             for pack, marks in zip(self.packs[number], capped, strict=True):
                 self._capped |= pack.take(marks)
@@ -124,8 +124,9 @@ class PolicyBatch:
         return {number: marks for share in shares for number, marks in share.items()}
 
     def figures(self, results: Sequence[UpdateResult]) -> dict[str, float]:
-        """Of all updates together, for the log; `first_is_weight`: mean importance weight of the first, 1 on policy."""
-        total = reduce(operator.add, (result.stats for result in results))
+        """Of all updates together, for the log; of the first alone `first_is_weight`, the mean importance weight, and
+        `first_off_policy_share`, tokens whose ratio is not exactly 1: none where scoring and update have the same bits."""
+        total, first = reduce(operator.add, (result.stats for result in results)), results[0].stats.means()
         norms = [result.step.grad_norm for result in results]
         return total.means() | {
             "loss": sum(result.step.loss for result in results) / len(results),
@@ -133,7 +134,8 @@ class PolicyBatch:
             "grad_norm_max": max(norms),
             "updates": len(results),
             "loss_tokens": sum(result.step.tokens for result in results),
-            "first_is_weight": results[0].stats.means()["mean_is_weight"],
+            "first_is_weight": first["mean_is_weight"],
+            "first_off_policy_share": first["off_policy_share"],
             "expert_load_max": max(float(result.step.expert_load.max()) for result in results),
             "routing_replayed": self.routing_replayed,
             "routing_changed_share": self.routing_changed_share,

@@ -118,6 +118,7 @@ def test_held_out_reward_rises_on_two_data_parallel_ranks(folder, ranks):
     assert 0.1 < before["value"] < 0.6 and steps[6]["held_out"]["low"] > before["high"], (before, steps[6])
     for step in steps.values():
         assert step["updates"] == 4 and step["first_is_weight"] == pytest.approx(1.0, abs=1e-12)
+        assert step["first_off_policy_share"] == 0.0 < step["off_policy_share"]
         assert step["max_abs_diff"] < 1e-4 and step["pearson"] > 0.999999 and step["k3_kl"] < 1e-8
         assert 0 <= step["discard_rate"] < 1 and step["kept"] == SAMPLES and math.isfinite(step["grad_norm"])
     records = [r for path in (folder / "dp2/journal").glob("step_00000001.*") for r in read_journal(path)]
@@ -222,7 +223,7 @@ def test_a_run_that_is_ended_goes_on_with_the_same_bits(folder, whole, ranks):
         assert len(before[step]) >= 10 and before[step] < set(after)
     assert whole == metrics(folder, "ended")
     for step in whole.values():
-        assert step["first_is_weight"] == 1.0 and step["max_abs_diff"] == step["not_bit_equal_share"] == 0.0
+        assert step["first_off_policy_share"] == step["max_abs_diff"] == step["not_bit_equal_share"] == 0.0
     config = from_yaml(folder / "rl.yaml")
     (a,), (b,) = (ranks(1, weights, config, folder / run / "save" / f"step_{STEPS:08d}") for run in ("whole", "ended"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

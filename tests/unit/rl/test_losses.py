@@ -197,6 +197,9 @@ def test_statistics_are_sums_over_loss_tokens():
     assert means["capped_share"] == ((ratio > 1.5) & batch.mask).sum().item() / 20
     assert means["floored_share"] == ((ratio < 0.5) & batch.mask).sum().item() / 20
     assert means["mean_is_weight"] == pytest.approx(ratio.clamp(0.5, 1.5)[batch.mask].mean().item(), abs=1e-15)
+    assert means["off_policy_share"] == ((ratio != 1) & batch.mask).sum().item() / 20 > 0
+    same = policy_loss(batch.old, batch.old, *columns[2:], settings=settings)
+    assert same.stats.means()["off_policy_share"] == 0.0
     halves = [
         policy_loss(*(c[part] for c in columns), settings=settings).stats for part in (slice(0, 9), slice(9, None))
     ]
