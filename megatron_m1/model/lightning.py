@@ -14,7 +14,8 @@ from torch import Tensor
 from megatron_m1.model.cache import AttentionCache
 from megatron_m1.model.norm import GatedRMSNorm
 from megatron_m1.model.transformer_config import M1TransformerConfig
-from megatron_m1.parallel import SequenceParams
+from megatron_m1.model.transient_silu import transient_silu
+from megatron_m1.parallel import SequenceLayout, SequenceParams
 from megatron_m1.parallel.lightning_context import LightningContext
 
 __all__ = ["LightningAttention", "column_linear", "row_linear"]
@@ -105,14 +106,26 @@ class LightningAttention(MegatronModule):
         qkv = qkv.view(seq, batch, self.local_heads, 3 * self.head_dim).transpose(0, 1)
         layout = None if packed is None else packed.layout
         finish: Callable[[], Tensor]
-        if cache is None and layout is None:
+        if layout is not None:
+            finish = self._start_over_ranks(qkv, layout)
+        elif cache is not None:
+            q, k, v = torch.nn.functional.silu(qkv).split(self.head_dim, dim=-1)
+            finish = partial(cache.lightning, self.layer_number, q, k, v, self.slopes)
+        else:
             cu_seqlens = None if packed is None else packed.cu_seqlens_q
             finish = partial(lightning_attention_packed, qkv, self.slopes, cu_seqlens=cu_seqlens)
-        else:
-            q, k, v = torch.nn.functional.silu(qkv).split(self.head_dim, dim=-1)
-            if cache is not None:
-                finish = partial(cache.lightning, self.layer_number, q, k, v, self.slopes)
-            else:
-                assert layout is not None
-                finish = self.context.start(q, k, v, self.slopes, layout)
         return lambda: finish().transpose(0, 1).reshape(seq, batch, -1)
+
+    def _start_over_ranks(self, qkv: Tensor, layout: SequenceLayout) -> Callable[[], Tensor]:
+        """qkv [b, s, heads, 3*D] -> a function that returns [b, s, heads, D]; as the operator for one rank, keeps qkv alone."""
+        activated, drop = transient_silu(qkv)
+        q, k, v = activated.split(self.head_dim, dim=-1)
+        finish = self.context.start(q, k, v, self.slopes, layout)
+
+        def out() -> Tensor:
+            result = finish()
+            if result.requires_grad and not self.recompute_core:
+                drop(result)
+            return result
+
+        return out

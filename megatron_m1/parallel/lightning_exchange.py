@@ -12,9 +12,10 @@ they go to the neighbour alone, at once, and take no part in the chain or in the
 Source: LASP (arXiv 2404.02882) for the ring, LASP-2 (arXiv 2502.07563) for the all-gather; neither has the horizon, packing or zig-zag.
 """
 
+import abc
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -78,8 +79,9 @@ class StateExchange:
     ) -> None:
         kind = {"ring": _Ring, "all_gather": _AllGather}[method]
         traffic = traffic or Traffic()
+        self._travel: _Travel | None = None
         self._forward, self._backward = (
-            kind(chain, put_in, taken, slopes, host_slopes, group, limit, traffic, backward)
+            functools.partial(kind, chain, put_in, taken, slopes, host_slopes, group, limit, traffic, backward)
             for chain, put_in, taken, backward in (
                 (chains.forward, chains.most_leaving, len(chains.entering), False),
                 (chains.backward, chains.most_entering, len(chains.leaving), True),
@@ -94,34 +96,44 @@ class StateExchange:
         """[entering pieces, H, D, D], the states that they start from."""
         return _Finish.apply(token, self)
 
+    def _begin(self, direction: Callable[[], "_Travel"], states: Tensor) -> None:
+        self._travel = direction()
+        self._travel.start(states)
+
+    def _end(self) -> Tensor:
+        """What has arrived. The buffers go: this exchange stays with the graph until the backward pass of all layers is through."""
+        travel, self._travel = self._travel, None
+        assert travel is not None, "finish comes after start, once"
+        return travel.finish()
+
 
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states: Tensor, exchange: StateExchange) -> Tensor:
         ctx.exchange = exchange
-        exchange._forward.start(states)
+        exchange._begin(exchange._forward, states)
         return states.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange._backward.finish(), None
+        return ctx.exchange._end(), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, token: Tensor, exchange: StateExchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange._forward.finish()
+        return exchange._end()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.exchange._backward.start(gradient)
+        ctx.exchange._begin(ctx.exchange._backward, gradient)
         return gradient.new_zeros(()), None
 
 
-class _Travel:
+class _Travel(abc.ABC):
     """One direction of one exchange: `start(states)`, then `finish()`."""
 
     def __init__(
@@ -140,6 +152,12 @@ class _Travel:
         self.traffic, self.backward = traffic, backward
         self.slopes, self.host_slopes, self.limit = slopes, host_slopes, limit
         self.rank, self.world = group.rank(), group.size()
+
+    @abc.abstractmethod
+    def start(self, states: Tensor) -> None: ...
+
+    @abc.abstractmethod
+    def finish(self) -> Tensor: ...
 
     def begin(self, states: Tensor) -> None:
         self.order = _order(tuple(self.host_slopes), states.device)
