@@ -320,7 +320,7 @@ def sweep(
     """As `triton_lightning.sweep`. Grid: spans * H * D / BV, twice as many for a PAIR.
 
     PAIR: a second sweep (A2, B2, V2 to Out2, with the strides of Out) beside the first, from the transposed states; their
-    programs run side by side and find each other's tiles in the L2 cache. Left is written by the first alone.
+    programs run side by side and find each other's tiles in the L2 cache. Left is written by the first alone. Else None.
     """
     BLOCKS: gl.constexpr = D // BV
     of_state: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -448,6 +448,8 @@ def compile_cases(
     def case(label: str, **constants: object):
         values = {"D": 128, "BV": tile.values, "C": tile.chunk, "STAGES": tile.stages, "VARLEN": False, "PAIR": False}
         values |= {"REVERSE": False, "TRANSPOSED": False, "ENTRY": 0, "SAVING": False, "LEAVING": False, **constants}
+        if not values["PAIR"]:
+            values |= dict.fromkeys(("A2", "B2", "V2", "Out2", "OutRows2"))
         signature = {name: "constexpr" if name in values else types.get(name, "i32:16") for name in sweep.arg_names}
         return f"specialised sweep {label}[128]", sweep, signature, values, {"num_warps": tile.warps}
 

@@ -93,7 +93,7 @@ def lightning_state_triton(
     left = call.document_states()
     if not call.tokens or not call.documents:
         return left.zero_()
-    segment = segment or call.segment(1)
+    segment = segment or call.segment(4)
     states = call.states(segment)
     call.local_states(states, _readable(k), _readable(v), segment, reverse=reverse, every=True, horizon=horizon)
     call.scan(states, segment, None, left, reverse=reverse)
@@ -252,7 +252,7 @@ class _Call:
                 ), out
 
             one = tensors(a, b, v, out)
-            two = one if second is None else tensors(*second)
+            two = (None,) * len(one) if second is None else tensors(*second)
             gluon_lightning.sweep[(grid if second is None else 2 * grid,)](
                 *one, *two, *out.stride()[:3], self.slopes, *states, *sizes, PAIR=second is not None, **constants
             )
@@ -288,7 +288,7 @@ class _Call:
             states, states if initial is None else initial, states if left is None else left, self.slopes,
             self.slopes if self.cu_seqlens is None else self.cu_seqlens, self.tokens, self.heads, segment,
             D=self.dim, BLOCK=block, VARLEN=self.cu_seqlens is not None, REVERSE=reverse,
-            INITIAL=initial is not None, LEAVING=left is not None,
+            INITIAL=initial is not None, LEAVING=left is not None, STAGES=8,
         )  # fmt: skip
 
 
@@ -313,10 +313,9 @@ class _Plan:
         if strategy == "fused":
             return cls(WHOLE, WHOLE, WHOLE)
         forward = call.segment(1)
-        if (
-            call.specialised
-        ):  # a program fills a multiprocessor; two short ones in turn, since the states' pass has room for both
-            span = forward if forward == WHOLE else call.segment(2)
+        if call.specialised:
+            # A program fills a multiprocessor; up to four in turn, since the states' pass has room for several at once.
+            span = forward if forward == WHOLE else min(forward, max(1024, call.segment(4)))
             return cls(span, span, span)
         # Two programs share a multiprocessor and hide each other's waits; the forward sweep's states would cost a pass over k and v.
         return cls(forward, min(SEGMENT, call.segment(2)) if forward == WHOLE else forward, call.segment(2))

@@ -301,6 +301,21 @@ def sweep(
 
 
 @triton.jit
+def _gather(b, v, state, s, j, tokens, REVERSE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr):
+    """state [BV, DP] and what the tokens j of a span of `tokens` add to it; transposed and EXACT as in `_advance`."""
+    if REVERSE:
+        gap = j + 1
+    else:
+        gap = tokens - 1 - j
+    weighted = tl.trans(v) * tl.exp2(-s * tl.maximum(gap, 0).to(tl.float32))[None, :]
+    leading = weighted.to(v.dtype)
+    state = _dot(leading, b, state, PRECISION)
+    if EXACT:
+        state = _dot((weighted - leading.to(tl.float32)).to(v.dtype), b, state, PRECISION)
+    return state
+
+
+@triton.jit
 def local_states(
     B_,
     V,
@@ -354,25 +369,20 @@ def local_states(
             else:
                 low = tl.maximum(tokens - reach, 0) // C * C
         i = tl.arange(0, C)
-        state = tl.zeros([DP, BV], tl.float32)
-        for t in tl.range(low, high, C, num_stages=STAGES):
-            j = t + i
-            if REVERSE:
-                gap = j + 1
-            else:
-                gap = tokens - 1 - j
-            weight = tl.where(j < tokens, tl.exp2(-s * tl.maximum(gap, 0).to(tl.float32)), 0.0)
-            b = _head(_tile(B_, row, start + t, h, 0, C, DP), tokens - t, C)
-            v = _head(_tile(V, row, start + t, h, e, C, BV), tokens - t, C)
-            weighted = v * weight[:, None]
-            leading = weighted.to(v.dtype)
-            state = _dot(tl.trans(b), leading, state, PRECISION)
-            if EXACT:
-                state = _dot(tl.trans(b), (weighted - leading.to(tl.float32)).to(v.dtype), state, PRECISION)
+        state = tl.zeros([BV, DP], tl.float32)
+        whole = tokens // C * C
+        for t in tl.range(low, tl.minimum(tl.cdiv(high, C) * C, whole), C, num_stages=STAGES):
+            b = _tile(B_, row, start + t, h, 0, C, DP)
+            v = _tile(V, row, start + t, h, e, C, BV)
+            state = _gather(b, v, state, s, t + i, tokens, REVERSE, PRECISION, EXACT)
+        if high > whole:
+            b = _head(_tile(B_, row, start + whole, h, 0, C, DP), tokens - whole, C)
+            v = _head(_tile(V, row, start + whole, h, e, C, BV), tokens - whole, C)
+            state = _gather(b, v, state, s, whole + i, tokens, REVERSE, PRECISION, EXACT)
         channels = tl.arange(0, DP)
         columns = e + tl.arange(0, BV)
-        places = (w.to(tl.int64) * H + h) * D * D + channels[:, None] * D + columns[None, :]
-        tl.store(States + places, state, mask=(channels < D)[:, None] & (columns < D)[None, :])
+        places = (w.to(tl.int64) * H + h) * D * D + columns[:, None] + channels[None, :] * D
+        tl.store(States + places, state, mask=(columns < D)[:, None] & (channels < D)[None, :])
 
 
 @triton.jit
@@ -391,6 +401,7 @@ def scan_states(
     REVERSE: tl.constexpr,
     INITIAL: tl.constexpr,
     LEAVING: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Turn what spans leave behind (`local_states`) into what enters them, in place. Grid: documents * H * D * D / BLOCK.
 
@@ -414,7 +425,7 @@ def scan_states(
     if INITIAL:
         state = tl.load(Initial + element)
     States += (first - document) * H * D * D
-    for step in range(0, spans):
+    for step in tl.range(0, spans, num_stages=STAGES):
         index = step
         if REVERSE:
             index = spans - 1 - step
@@ -463,4 +474,4 @@ def compile_cases(
         case(local_states, "", 128, REVERSE=False, EVERY=False),
         case(local_states, "", 256, REVERSE=True, EVERY=True),
     ]
-    return [*cases, case(scan_states, "", 128, varlen=True, REVERSE=False, INITIAL=True, LEAVING=False)]
+    return [*cases, case(scan_states, "", 128, varlen=True, REVERSE=False, INITIAL=True, LEAVING=False, STAGES=8)]
