@@ -1,6 +1,6 @@
 """How far generation is from training on a hybrid MoE, and which fix holds them together: Figure 3 of the M1 report.
 
-    python -m benchmarks.rl_identity_study [--size cpu|gpu] [--rounds 2] [--output FILE.json]
+    python -m benchmarks.rl_identity_study [--size cpu|gpu] [--rounds 2] [--limit-s 80] [--output FILE.json]
     python -m benchmarks.rl_identity_study --plot         the plot of the results that are there
 
 A model learns Python's standard library word by word for a few seconds, then samples from it with the fast engine in bf16; the
@@ -10,6 +10,9 @@ training forward pass scores the same tokens. The fixes are taken away one by on
   fp32 state      lightning states rounded to bf16 before every decoding step, as the released code does
   routing replay  rl.routing_replay=false: training routes anew
 Pearson: correlation of the sampled tokens' probabilities. Rounds have other prompts and seeds.
+Then for the fast engine, and for a few samples of the reference engine, which takes a whole training pass for every token: tokens whose
+ratio in a first update is not exactly 1, and what rollout, scoring and the gradients of the update cost.
+The results are written after every part; no round begins after --limit-s seconds.
 """
 
 import argparse
@@ -41,6 +44,7 @@ from megatron_m1.generation.cache import HybridCache  # noqa: E402
 from megatron_m1.generation.requests import request_seed  # noqa: E402
 from megatron_m1.model import vocab_loss  # noqa: E402
 from megatron_m1.rl.losses import PRESETS  # noqa: E402
+from megatron_m1.rl.phases import Phases  # noqa: E402
 from megatron_m1.rl.samples import Sample  # noqa: E402
 from megatron_m1.rl.update import PolicyBatch  # noqa: E402
 
@@ -51,7 +55,8 @@ POINTS = 3000
 
 @dataclass(frozen=True)
 class Size:
-    """model: the policy. text_bytes, steps: of its training. requests, prompt_tokens, new_tokens: of a round."""
+    """model: the policy. text_bytes, steps: of its training. requests, prompt_tokens, new_tokens: of a round. exact: requests and new
+    tokens of the reference engine."""
 
     model: ModelConfig
     text_bytes: int
@@ -61,6 +66,7 @@ class Size:
     requests: int
     prompt_tokens: int
     new_tokens: int
+    exact: tuple[int, int]
 
 
 SIZES = {
@@ -70,13 +76,15 @@ SIZES = {
             head_dim=16, intermediate_size=128, num_local_experts=8, attn_type_list=[0, 0, 0, 1], rotary_dim=8,
         ),
         text_bytes=400_000, steps=120, micro_batch=8, seq_length=64, requests=64, prompt_tokens=16, new_tokens=48,
+        exact=(4, 24),
     ),
     "gpu": Size(
         ModelConfig(
             vocab_size=16384, hidden_size=768, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
             head_dim=64, intermediate_size=1024, num_local_experts=8, attn_type_list=[0, 0, 0, 1] * 2, rotary_dim=32,
         ),
-        text_bytes=8_000_000, steps=300, micro_batch=32, seq_length=512, requests=128, prompt_tokens=64, new_tokens=384,
+        text_bytes=8_000_000, steps=200, micro_batch=32, seq_length=512, requests=128, prompt_tokens=64, new_tokens=384,
+        exact=(4, 48),
     ),
 }  # fmt: skip
 VARIANTS = {
@@ -94,6 +102,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of training")
+    parser.add_argument("--limit-s", type=float, default=80.0)
     parser.add_argument("--output", type=Path, help="benchmarks/results/rl_identity_study_SIZE.json")
     parser.add_argument("--plot", action="store_true", help="run nothing")
     arguments = parser.parse_args()
@@ -109,8 +118,15 @@ def main() -> int:
 
 
 def study(size: Size, arguments: argparse.Namespace, output: Path) -> None:
-    """Train, then measure every variant; the results are written after every round."""
+    """Train, then measure every variant; the results are written after every part."""
     began = time.perf_counter()
+
+    def write() -> None:
+        results["wall_s"] = round(time.perf_counter() - began, 1)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(results) + "\n")
+        print(f"written after {results['wall_s']} s: {output}", flush=True)
+
     init_distributed(600)
     config = configuration(size, arguments.precision)
     trainer = fresh_trainer(config)
@@ -122,11 +138,15 @@ def study(size: Size, arguments: argparse.Namespace, output: Path) -> None:
         "parameters": sum(tensor.numel() for tensor in trainer.parameters().values()),
         "training_loss": loss,
         "variants": {name: {"removed": list(removed), "rounds": []} for name, removed in VARIANTS.items()},
+        "updates": {},
     }
     print(
         f"{results['parameters']:,} parameters, loss {loss:.3f} after {time.perf_counter() - began:.0f} s", flush=True
     )
     for number in range(arguments.rounds):
+        if number and time.perf_counter() - began > arguments.limit_s:
+            print(f"left out for the time limit: rounds from {number + 1} on", flush=True)
+            break
         samples: dict[tuple[str, ...], list[Sample]] = {}
         for name, removed in VARIANTS.items():
             in_rollout = tuple(fix for fix in removed if fix != "replay")
@@ -137,10 +157,37 @@ def study(size: Size, arguments: argparse.Namespace, output: Path) -> None:
             variant = results["variants"][name]
             variant["rounds"].append(figures)
             variant["points"] = points
-        results["wall_s"] = round(time.perf_counter() - began, 1)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results) + "\n")
+        write()
+        if not number:
+            for engine in ("fast", "reference"):
+                results["updates"][engine] = first_update(trainer, config, words, size, engine)
+                write()
     shutdown_distributed()
+
+
+def first_update(
+    trainer: Trainer, config: Config, words: torch.Tensor, size: Size, engine: str
+) -> dict[str, float | int]:
+    """Of samples of `engine`: how far scoring is from them, tokens whose ratio in the first update is not exactly 1, seconds."""
+    phases = Phases()
+    if engine == "reference":
+        requests, new = size.exact
+        size = replace(size, requests=requests, new_tokens=new)
+        tokens = -(-(size.prompt_tokens + new) // 64) * 64
+        training = replace(config.training, micro_batch=1, seq_length=tokens)
+        config = replace(config, training=training, rl=replace(config.rl, engine="reference"))
+        with phases.measure("rollout"):
+            samples = rollouts(trainer, words, size, 0, reference_tokens=tokens)
+    else:
+        with phases.measure("rollout"):
+            samples = rollouts(trainer, words, size, 0)
+    policy = PolicyBatch(trainer, config, samples, settings=PRESETS["cispo"])
+    with phases.measure("scoring"):
+        figures = policy.score().report()
+    with phases.measure("update"):
+        _, stats = policy.gradients(0)
+    figures["tokens"] = sum(len(sample.response) for sample in samples)
+    return figures | {"off_policy_share": stats.means()["off_policy_share"]} | phases.report()
 
 
 def configuration(size: Size, precision: str) -> Config:
@@ -228,8 +275,10 @@ def learn(trainer: Trainer, words: torch.Tensor, size: Size) -> float:
     return loss
 
 
-def rollouts(trainer: Trainer, words: torch.Tensor, size: Size, number: int) -> list[Sample]:
-    """size.requests samples with their routing."""
+def rollouts(
+    trainer: Trainer, words: torch.Tensor, size: Size, number: int, *, reference_tokens: int | None = None
+) -> list[Sample]:
+    """size.requests samples with their routing; reference_tokens: see `sampled`."""
     generator = torch.Generator().manual_seed(request_seed(2, number))
     starts = torch.randint(len(words) - size.prompt_tokens, (size.requests,), generator=generator).tolist()
     return sampled(
@@ -240,6 +289,7 @@ def rollouts(trainer: Trainer, words: torch.Tensor, size: Size, number: int) -> 
         seed=3,
         first=number * size.requests,
         reward=lambda prompt, response: 0.0,
+        reference_tokens=reference_tokens,
     )
 
 
@@ -277,6 +327,15 @@ def table(results: dict[str, Any]) -> str:
         ]
         changed = [figures["routing_changed_share"] for figures in rounds if "routing_changed_share" in figures]
         lines.append("| " + " | ".join([*cells, _span(changed) if changed else "replays none"]) + " |")
+    lines += [
+        "",
+        "| engine | tokens | largest difference of scoring | not bit-equal | ratios of a first update not exactly 1 | seconds |",
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for engine, figures in results.get("updates", {}).items():
+        seconds = ", ".join(f"{name} {figures['seconds_' + name]:.2f}" for name in ("rollout", "scoring", "update"))
+        shares = f"{figures['not_bit_equal_share']:.2e} | {figures['off_policy_share']:.2e}"
+        lines.append(f"| {engine} | {figures['tokens']} | {figures['max_abs_diff']:.2e} | {shares} | {seconds} |")
     return "\n".join([*lines, ""])
 
 

@@ -1,11 +1,13 @@
 """The RL studies: what their tables say, arms that agree where they must, switches that act and go back."""
 
 import copy
+import json
 from dataclasses import replace
 
+import pytest
 import torch
 
-from benchmarks import rl_fork_task, rl_identity_study
+from benchmarks import rl_fork_task, rl_gpu_study, rl_identity_study
 from benchmarks.rl_fork_report import crossing, difference, table
 from benchmarks.rl_policy import ARMS, fresh_trainer
 from megatron_m1.parallel import destroy_groups
@@ -65,7 +67,7 @@ def test_arms_agree_to_the_last_bit_with_one_update_and_part_with_sixteen(ranks)
 
 def switches(rank: int, world: int) -> dict[str, tuple[float, list[float]]]:
     """By variant of an untrained model: max_abs_diff; first log-probability of each sample, which no decoding step touches."""
-    size = replace(rl_identity_study.SIZES["cpu"], requests=8, prompt_tokens=8, new_tokens=24)
+    size = replace(rl_identity_study.SIZES["cpu"], requests=8, prompt_tokens=8, new_tokens=24, exact=(1, 6))
     words = torch.arange(4096) * 37 % size.model.vocab_size
     config = rl_identity_study.configuration(size, "fp32")
     trainer = fresh_trainer(config)
@@ -78,6 +80,10 @@ def switches(rank: int, world: int) -> dict[str, tuple[float, list[float]]]:
         assert torch.equal(weight, before)
         assert ("routing_changed_share" in figures) == ("replay" not in removed)
         found[name] = (figures["max_abs_diff"], [float(sample.logprobs[0]) for sample in samples])
+    for engine in ("fast", "reference"):
+        figures = rl_identity_study.first_update(trainer, config, words, size, engine)
+        assert figures["off_policy_share"] == 0.0 and figures["tokens"] == {"fast": 192, "reference": 6}[engine]
+        found[engine] = (figures["not_bit_equal_share"], [])
     destroy_groups()
     return found
 
@@ -89,3 +95,30 @@ def test_switches_act_alone_and_go_back(ranks):
     assert found["without fp32 head"][1] != first and found["without fp32 head"][0] < 0.1
     assert found["without fp32 state"][1] == first and found["without fp32 state"][0] > 10 * fixed
     assert found["without routing replay"][1] == first
+    assert found["fast"][0] > 0.0 == found["reference"][0]
+
+
+def gpu_run(arm: str, seed: int, after: float) -> dict:
+    point = {"reward": after / 2, "first_off_policy_share": 0.0}
+    point |= dict.fromkeys(("seconds_rollout", "seconds_scoring", "seconds_update"), 1.0)
+    history = [{"held_out": 0.3}, point | {"held_out": after}]
+    return {"arm": arm, "lr": 1e-4, "seed": seed, "seconds": 2.0, "commit": "c", "history": history}
+
+
+def test_the_gpu_study_goes_on_from_its_own_results_alone(tmp_path):
+    """Few seeds: three gains of one sign are no more than a tie where they differ as much as they measure."""
+    output, size = tmp_path / "study.json", rl_gpu_study.SIZES["cpu"]
+    results = rl_gpu_study.earlier(output, size, 2)
+    arms = {"GRPO": (0.5, 0.5, 0.5), "DAPO": (0.52, 0.6, 0.9), "CISPO": (0.59, 0.6, 0.61)}
+    results["runs"] = [
+        gpu_run(arm, seed, after) for arm, values in arms.items() for seed, after in enumerate(values, start=1)
+    ]
+    results["parameters"] = 7
+    rl_gpu_study.write(results, output)
+    again = rl_gpu_study.earlier(output, size, 2)
+    assert again["runs"] == results["runs"] and again["parameters"] == 7
+    with pytest.raises(SystemExit, match="other settings"):
+        rl_gpu_study.earlier(output, size, 3)
+    text = rl_gpu_study.table(json.loads(output.read_text()))
+    assert "+0.173 [-0.324, +0.671] tie" in text and "+0.100 [+0.075, +0.125] |" in text
+    assert "1: 9 of 9 batches" in text
