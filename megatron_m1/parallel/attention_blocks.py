@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_m1.parallel.rows import Rows
 from megatron_m1.parallel.sequence_layout import Piece, SequenceLayout
+from megatron_m1.platform.transfer import upload
 
 __all__ = ["AttentionPlan", "Block", "attend", "attend_backward", "attend_locally", "attend_locally_backward"]
 
@@ -161,13 +162,13 @@ def _block(queries: Spans, keys: Spans, device: torch.device) -> Block | None:
 def _rows(spans: list[tuple[int, int]], device: torch.device) -> Rows:
     if all(end == start for (_, end), (start, _) in itertools.pairwise(spans)):
         return slice(spans[0][0], spans[-1][1])
-    return torch.cat([torch.arange(start, end) for start, end in spans]).to(device)
+    return upload(torch.cat([torch.arange(start, end) for start, end in spans]), device)
 
 
 def _pack(queries: list[tuple[int, int]], keys: list[tuple[int, int]], device: torch.device) -> Pack:
     pack: Pack = {}
     for name, spans in (("q", queries), ("k", keys)):
         lengths = [end - start for start, end in spans]
-        edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        pack |= {f"cu_seqlens_{name}": edges.to(device), f"max_seqlen_{name}": max(lengths)}
+        edges = upload([0, *itertools.accumulate(lengths)], device, dtype=torch.int32)
+        pack |= {f"cu_seqlens_{name}": edges, f"max_seqlen_{name}": max(lengths)}
     return pack

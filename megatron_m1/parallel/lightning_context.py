@@ -16,6 +16,7 @@ from megatron_m1.parallel.rows import Rows, rows_of
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.parallel.state_chain import state_chains
 from megatron_m1.parallel.traffic import Traffic
+from megatron_m1.platform.transfer import upload
 
 __all__ = ["LightningContext"]
 
@@ -70,9 +71,7 @@ class LightningContext:
 
         def finish() -> Tensor:
             entry = exchange.finish(token)
-            places = layout.memo(
-                ("entering", q.device), lambda: torch.tensor(chains.entering, dtype=torch.int64, device=q.device)
-            )
+            places = layout.memo(("entering", q.device), lambda: upload(chains.entering, q.device))
             initial = entry.new_zeros(len(pieces), *entry.shape[1:]).index_copy(0, places, entry)
             return _local(q, k, v, slopes, layout, initial)
 
@@ -141,7 +140,7 @@ def _make_spans(layout: SequenceLayout, chosen: Sequence[int], device: torch.dev
         of_run = [pieces[piece] for _, piece in run]
         edges = [0, *itertools.accumulate(piece.length for piece in of_run)]
         tokens = slice(of_run[0].local_start, of_run[0].local_start + edges[-1])
-        cu_seqlens = torch.tensor(edges, dtype=torch.int32, device=device) if len(run) > 1 else None
+        cu_seqlens = upload(edges, device, dtype=torch.int32) if len(run) > 1 else None
         spans.append(_Span(tokens, cu_seqlens, len(run), slice(None), slice(run[0][0], run[-1][0] + 1)))
     return spans
 

@@ -332,7 +332,7 @@ class _Ring(_Travel):
 def _order(host_slopes: tuple[float, ...], device: torch.device) -> Tensor | None:
     """Heads by falling slope, so that those whose states fade within a chunk come first; None: they stand so already.
 
-    Cached: to make it on a device waits for the device.
+    Cached: to make it on a device waits for the device, after which every queue may read it.
     """
     order = sorted(range(len(host_slopes)), key=lambda head: -host_slopes[head])
     return None if order == list(range(len(order))) else torch.tensor(order, device=device)

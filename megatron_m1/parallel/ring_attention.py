@@ -14,6 +14,7 @@ from megatron_m1.parallel.attention_blocks import (
 )
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.parallel.traffic import Traffic
+from megatron_m1.platform.transfer import upload
 
 __all__ = ["METHODS", "ring_attention"]
 
@@ -127,7 +128,7 @@ class _AllGather(torch.autograd.Function):
         dkv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
         for block in plan.gathered:
             attend_backward(dq, dkv, block, do, q, *kv, o, lse, scale=scale)
-        order = layout.memo(("by rank", dkv.device), lambda: layout.indices.flatten().to(dkv.device))
+        order = layout.memo(("by rank", dkv.device), lambda: upload(layout.indices.flatten(), dkv.device))
         by_rank = dkv.index_select(2, order).unflatten(2, (layout.world, -1))
         received = torch.empty_like(own_dkv)
         dist.reduce_scatter_tensor(received, by_rank.movedim(2, 0).flatten(0, 1), group=group)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_m1.platform.transfer import upload
+
 __all__ = ["Padding", "Piece", "SequenceLayout", "pad_documents"]
 
 T = TypeVar("T")
@@ -140,20 +142,22 @@ class SequenceLayout:
         assert x.shape[dim] == self.tokens, (
             f"dimension {dim} of {tuple(x.shape)} is not the row of {self.tokens} tokens"
         )
-        return x.index_select(dim, self.memo(("partition", x.device), lambda: self.indices[self.rank].to(x.device)))
+        return x.index_select(
+            dim, self.memo(("partition", x.device), lambda: upload(self.indices[self.rank], x.device))
+        )
 
     def unpartition(self, x: Tensor, dim: int) -> Tensor:
         """The global row from the local rows of all ranks concatenated in rank order along `dim`."""
         assert x.shape[dim] == self.tokens, (
             f"dimension {dim} of {tuple(x.shape)} is not the row of {self.tokens} tokens"
         )
-        order = self.memo(("unpartition", x.device), lambda: self.indices.flatten().argsort().to(x.device))
+        order = self.memo(("unpartition", x.device), lambda: upload(self.indices.flatten().argsort(), x.device))
         return x.index_select(dim, order)
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """int32 [P+1], borders of the local pieces in the local row; for dense batches in the rows laid end to end."""
         edges = [0, *itertools.accumulate(piece.length for piece in self.local_pieces)]
-        return self.memo(("cu_seqlens", device), lambda: torch.tensor(edges, dtype=torch.int32, device=device))
+        return self.memo(("cu_seqlens", device), lambda: upload(edges, device, dtype=torch.int32))
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """`make()`, called once per key: what all layers derive from this layout."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_m1.parallel.rows import Rows, rows_of
 from megatron_m1.parallel.sequence_layout import Piece, SequenceLayout
+from megatron_m1.platform.transfer import upload
 
 __all__ = ["Border", "Chain", "StateChains", "state_chains"]
 
@@ -132,4 +133,4 @@ def _chain(borders: list[Border], device: torch.device) -> Chain:
     ends = list(itertools.accumulate(len(border.lengths) for border in borders))
     lengths = [length for border in borders for length in border.lengths]
     spans = [slice(first, end) for first, end in zip([0, *ends], ends)]
-    return Chain(borders, torch.tensor(lengths, dtype=torch.float64, device=device), spans)
+    return Chain(borders, upload(lengths, device, dtype=torch.float64), spans)

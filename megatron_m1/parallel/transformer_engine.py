@@ -15,6 +15,7 @@ from megatron_m1 import platform
 from megatron_m1.config.errors import ConfigError
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.platform.streams import side_stream
+from megatron_m1.platform.transfer import upload
 
 __all__ = ["TransformerEngineAttention", "constructor_arguments", "layout_arguments"]
 
@@ -77,7 +78,7 @@ def layout_arguments(layout: SequenceLayout, device: torch.device) -> dict[str, 
     if any(piece.document_length != 2 * layout.world * piece.length for piece in pieces):
         raise ValueError("Transformer Engine takes packs laid out by SequenceLayout.per_document only")
     lengths = [piece.document_length for piece in pieces if piece.chunk == layout.rank]
-    edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    edges = upload([0, *itertools.accumulate(lengths)], device, dtype=torch.int32)
     arguments: dict[str, Any] = {"qkv_format": "thd", "attn_mask_type": "padding_causal", "pad_between_seqs": False}
     for side in ("q", "kv"):
         # Padding is part of its document: what is padded and what is not have the same borders.

@@ -1,5 +1,6 @@
 """Small tensors from the host to the device, without waiting for it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,9 @@ import torch
 __all__ = ["upload"]
 
 
-def upload(data: list[Any], device: torch.device, *, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """`data` as a tensor on `device`; on CUDA the copy is queued, from pinned memory, and the host goes on."""
-    tensor = torch.tensor(data, dtype=dtype)
+def upload(
+    data: Sequence[Any] | torch.Tensor, device: torch.device, *, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    """`data`, of the host, as a tensor on `device`; on CUDA the copy is queued, from pinned memory, and the host goes on."""
+    tensor = torch.as_tensor(data, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from megatron_m1 import platform
 from megatron_m1.parallel import lightning_exchange, ring_attention
-from megatron_m1.parallel.lightning_context import LightningContext
+from megatron_m1.parallel.attention_blocks import AttentionPlan
+from megatron_m1.parallel.lightning_context import LightningContext, _spans
 from megatron_m1.parallel.sequence_layout import SequenceLayout
+from megatron_m1.parallel.state_chain import state_chains
 from megatron_m1.platform import streams
 
 WORLD, TOKENS, HEADS, KEY_HEADS, WIDTH = 4, 512, 4, 2, 32
@@ -245,3 +247,18 @@ def test_a_wait_that_is_left_out_is_noticed() -> None:
         found = on_every_rank(task, late=True)
     same = [torch.equal(a, b) for ours, theirs in zip(found, expected) for a, b in zip(ours, theirs)]
     assert not all(same)
+
+
+@pytest.mark.skipif(not platform.is_cuda(), reason="there is nothing to wait for")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_made_of_a_layout_reaches_the_device_without_a_wait(layout) -> None:
+    of_rank, device = LAYOUTS[layout](1), platform.device()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chains = state_chains(of_rank, device)
+        for chosen in (chains.leaving, chains.entering):
+            _spans(of_rank, chosen, device)
+        AttentionPlan.of(of_rank, device)
+        of_rank.cu_seqlens(device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
