@@ -55,12 +55,13 @@ POINTS = 3000
 
 @dataclass(frozen=True)
 class Size:
-    """model: the policy. text_bytes, steps: of its training. requests, prompt_tokens, new_tokens: of a round. exact: requests and new
+    """model: the policy. text_bytes, steps, lr: of its training. requests, prompt_tokens, new_tokens: of a round. exact: requests and new
     tokens of the reference engine."""
 
     model: ModelConfig
     text_bytes: int
     steps: int
+    lr: float
     micro_batch: int
     seq_length: int
     requests: int
@@ -75,7 +76,7 @@ SIZES = {
             vocab_size=1024, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             head_dim=16, intermediate_size=128, num_local_experts=8, attn_type_list=[0, 0, 0, 1], rotary_dim=8,
         ),
-        text_bytes=400_000, steps=120, micro_batch=8, seq_length=64, requests=64, prompt_tokens=16, new_tokens=48,
+        text_bytes=400_000, steps=120, lr=2e-3, micro_batch=8, seq_length=64, requests=64, prompt_tokens=16, new_tokens=48,
         exact=(4, 24),
     ),
     "gpu": Size(
@@ -83,7 +84,7 @@ SIZES = {
             vocab_size=16384, hidden_size=768, num_hidden_layers=8, num_attention_heads=12, num_key_value_heads=4,
             head_dim=64, intermediate_size=1024, num_local_experts=8, attn_type_list=[0, 0, 0, 1] * 2, rotary_dim=32,
         ),
-        text_bytes=8_000_000, steps=200, micro_batch=32, seq_length=512, requests=128, prompt_tokens=64, new_tokens=384,
+        text_bytes=8_000_000, steps=200, lr=6e-4, micro_batch=32, seq_length=512, requests=128, prompt_tokens=64, new_tokens=384,
         exact=(4, 48),
     ),
 }  # fmt: skip
@@ -270,7 +271,7 @@ def learn(trainer: Trainer, words: torch.Tensor, size: Size) -> float:
             "loss_mask": torch.ones(size.micro_batch, length),
             "position_ids": torch.arange(length).expand(size.micro_batch, -1).contiguous(),
         }
-        rate = 2e-3 * min(1.0, (step + 1) / 20) * min(1.0, 2 * (size.steps - step) / size.steps)
+        rate = size.lr * min(1.0, (step + 1) / 20) * min(1.0, 2 * (size.steps - step) / size.steps)
         loss = trainer.train_step([batch], lr=rate).loss
     return loss
 
