@@ -63,10 +63,14 @@ class HybridCache:
         dtype: torch.dtype,
         device: torch.device,
         on_device: bool,
+        invariant: bool = False,
     ) -> None:
         """layer_types: 1-based layer number -> 0 lightning, 1 softmax, of this rank's layers; longest: tokens of a sequence at most;
-        heads, groups: local; on_device: decoding passes begin with `start_device_decode`, not with `start_decode`."""
-        self.slots, self.device, self.on_device = slots, device, on_device
+        heads, groups: local; on_device: decoding passes begin with `start_device_decode`, not with `start_decode`.
+        invariant: what a sequence gets does not depend by a bit on the others of its pass (CPU), provided that all sequences of a
+        prefill have a past or none has; `slots` divides by every `pad_to`."""
+        assert not (invariant and on_device)
+        self.slots, self.device, self.on_device, self.invariant = slots, device, on_device, invariant
         self.pool = BlockPool(blocks)
         self._sequences: list[Sequence] = []
         self._device_tables = torch.zeros(slots, max(blocks_for(longest), 1), dtype=torch.int32, device=device)
@@ -134,9 +138,10 @@ class HybridCache:
             self._sequences[slot] = self._sequences[last]
         self._sequences.pop()
 
-    def start_prefill(self, first: int, counts: list[int], *, pad_to: int = 1) -> Tensor:
+    def start_prefill(self, first: int, counts: list[int], *, pad_to: int = 1, predicting_pad_to: int = 1) -> Tensor:
         """Position ids of a pass over the next counts[i] tokens of slot first + i; for exactness against training all but the
-        last of a sequence are multiples of its chunk (64)."""
+        last of a sequence are multiples of its chunk (64). predicting_pad_to: divides the number of rows of `predicting`, of which
+        those behind the sequences' are of no use."""
         sequences = self._sequences[first : first + len(counts)]
         starts = [sequence.length for sequence in sequences]
         positions: list[int] = []
@@ -148,10 +153,12 @@ class HybridCache:
             positions += new
             rows += [sequence.row(position) for position in new]
         ends = list(itertools.accumulate(counts, initial=0))
+        predicting = [end - 1 for end in ends[1:]]
+        predicting += [0] * (_padded_length(len(counts), predicting_pad_to) - len(counts))
         self._pass = _Prefill(
             first=first,
             counts=counts,
-            predicting=upload([end - 1 for end in ends[1:]] or [0], self.device),
+            predicting=upload(predicting, self.device),
             rows=upload(rows, self.device),
             fresh=not any(starts),
             cu_seqlens=upload(ends, self.device, dtype=torch.int32) if counts else None,
@@ -163,7 +170,8 @@ class HybridCache:
         """Position ids of a pass over one more token of every sequence, with the tables of the host."""
         assert not self.on_device
         positions = self.advance()
-        self._step = HostStep(self._sequences, positions, padded=_padded_length(len(positions), pad_to))
+        padded_to = _padded_length(len(positions), pad_to)
+        self._step = HostStep(self._sequences, positions, padded=padded_to, invariant=self.invariant)
         return self._step.position_ids
 
     def start_device_decode(self, positions: Tensor) -> Tensor:

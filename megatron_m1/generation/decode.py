@@ -6,6 +6,7 @@ tests/distributed/test_generation.py compares every layout with the training for
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ __all__ = ["RecordRouting", "decode_stage", "local_experts"]
 RecordRouting = Callable[[int, Tensor], None]
 """Takes a 1-based layer number and the experts [n, top_k] of the pass's tokens."""
 
+Product = Callable[[Tensor, Tensor], Tensor]
+
 
 def local_experts(groups: ProcessGroupCollection) -> bool:
     """Whether this rank and its tensor-parallel peers, which have the same tokens, hold all experts."""
@@ -41,11 +44,13 @@ def decode_stage(
     *,
     hidden: Tensor | None,
     record: RecordRouting | None,
+    invariant: bool = False,
 ) -> Tensor:
     """What `model(tokens, position_ids, inference_context=cache)` gives, up to rounding: [m, V / tp] fp32 on the last stage, else
     the activations [n, 1, h].
 
     tokens, position_ids: [1, n] of a decoding pass of the cache. hidden: [n, 1, h] from the stage before.
+    invariant: products as in products.py; the experts that core's dispatcher runs are the caller's to set.
     """
     m1 = model.config.m1
     if model.pre_process:
@@ -53,17 +58,18 @@ def decode_stage(
     assert hidden is not None, "stages after the first need the activations of the one before"
     hidden = hidden.view(-1, m1.hidden_size)
     rotary = rotary_table(position_ids, m1.rotary_dim, m1.rope_theta)
+    multiply = partial(product, invariant=invariant)
     for layer in model.decoder.layers:
         x = layer.input_layernorm(hidden)
         attention = layer.self_attention
         if isinstance(attention, LightningAttention):
-            out = _lightning(attention, x, cache, groups.tp)
+            out = _lightning(attention, x, cache, groups.tp, multiply)
         else:
-            out = _softmax(attention, x, cache, rotary, groups.tp)
+            out = _softmax(attention, x, cache, rotary, groups.tp, multiply)
         hidden = _add(out, x if layer.postnorm else hidden, layer.attention_beta, layer.attention_alpha)
         y = layer.pre_mlp_layernorm(hidden)
         if local_experts(groups):
-            out = _experts(layer, y, groups, record)
+            out = _experts(layer, y, groups, record, invariant)
         else:
             out = layer._experts(y.unsqueeze(1), None).squeeze(1)
         if layer.shared_mlp is not None:
@@ -72,33 +78,42 @@ def decode_stage(
     if not model.post_process:
         return hidden.unsqueeze(1)
     hidden = model.decoder.final_layernorm(cache.predicting_step(hidden))
-    return product(hidden.float(), model.output_layer.weight)
+    return multiply(hidden.float(), model.output_layer.weight)
 
 
-def _lightning(attention: LightningAttention, x: Tensor, cache: HybridCache, tp: dist.ProcessGroup) -> Tensor:
-    qkv = product(x, attention.qkv_proj.weight).view(len(x), attention.local_heads, -1)
+def _lightning(
+    attention: LightningAttention, x: Tensor, cache: HybridCache, tp: dist.ProcessGroup, multiply: Product
+) -> Tensor:
+    qkv = multiply(x, attention.qkv_proj.weight).view(len(x), attention.local_heads, -1)
     if attention.slopes.device != x.device:
         attention.slopes = attention.slopes.to(x.device)
     out = cache.lightning_step(attention.layer_number, qkv, attention.slopes).view(len(x), -1)
-    out = attention.norm(out, product(x, attention.output_gate.weight))
-    return _summed(product(out, attention.out_proj.weight), tp)
+    out = attention.norm(out, multiply(x, attention.output_gate.weight))
+    return _summed(multiply(out, attention.out_proj.weight), tp)
 
 
 def _softmax(
-    attention: SoftmaxAttention, x: Tensor, cache: HybridCache, rotary: Tensor, tp: dist.ProcessGroup
+    attention: SoftmaxAttention,
+    x: Tensor,
+    cache: HybridCache,
+    rotary: Tensor,
+    tp: dist.ProcessGroup,
+    multiply: Product,
 ) -> Tensor:
-    qkv = product(x, attention.qkv_proj.weight)
+    qkv = multiply(x, attention.qkv_proj.weight)
     qkv = qkv.view(1, len(x), attention.local_groups, attention.queries_per_group + 2, attention.head_dim)
     q = apply_rotary(qkv[:, :, :, :-2].flatten(2, 3), rotary)[0]
     k = apply_rotary(qkv[:, :, :, -2], rotary)[0]
     out = cache.softmax_step(attention.layer_number, q, k, qkv[0, :, :, -1], scale=attention.head_dim**-0.5)
-    return _summed(product(out.reshape(len(x), -1), attention.o_proj.weight), tp)
+    return _summed(multiply(out.reshape(len(x), -1), attention.o_proj.weight), tp)
 
 
-def _experts(layer: torch.nn.Module, y: Tensor, groups: ProcessGroupCollection, record: RecordRouting | None) -> Tensor:
+def _experts(
+    layer: torch.nn.Module, y: Tensor, groups: ProcessGroupCollection, record: RecordRouting | None, invariant: bool
+) -> Tensor:
     """The routed experts, all of them here: tokens sorted by expert, two grouped products, a sum in fixed order."""
     router, experts = layer.mlp.router, layer.mlp.experts
-    grouping = Grouping.of(linear(y.float(), router.weight), router.topk)
+    grouping = Grouping.of(linear(y.float(), router.weight), router.topk, invariant=invariant)
     if record is not None:
         record(layer.layer_number, grouping.chosen)
     gate_up = grouping.product(y.index_select(0, grouping.tokens), experts.fc1.flatten(1, 2))

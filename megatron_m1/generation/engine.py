@@ -3,24 +3,28 @@
 import contextlib
 import functools
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_m1 import platform
+from megatron_m1.config.schema import ModelConfig
 from megatron_m1.generation.blocks import BLOCK_TOKENS, blocks_for
 from megatron_m1.generation.cache import HybridCache
 from megatron_m1.generation.decode import local_experts
 from megatron_m1.generation.device_decode import DeviceDecoder
+from megatron_m1.generation.lock_step import LockStep
+from megatron_m1.generation.products import invariant_rows
 from megatron_m1.generation.requests import Request, Result, Running
 from megatron_m1.generation.routing import RoutingRecord
 from megatron_m1.generation.schedule import PromptGroup, group_requests, results_of_all, share_of_replica
 from megatron_m1.generation.stages import Stages, inference
+from megatron_m1.model.experts import exact_experts
 from megatron_m1.model.m1 import M1Model
 from megatron_m1.platform.graphs import obstacle as graph_obstacle
 from megatron_m1.platform.transfer import upload
@@ -35,8 +39,8 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Completes requests with the weights as they are at the time of the call; between calls it holds no memory.
 
-    The ranks that hold one replica of the model (tensor- and pipeline-parallel) run the same sequences in step. Where experts are
-    spread over data-parallel ranks, these too run pass by pass together, those without sequences with padding.
+    The ranks that hold one replica of the model (tensor- and pipeline-parallel) run the same sequences in step. Replicas over which
+    experts are spread run pass by pass together until the last of them is done; those without sequences go through the experts alone.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Engine:
         record_routing: bool = False,
         logprob_temperature: float = 1.0,
         decode: str = "auto",
+        batch_invariant: bool = False,
     ) -> None:
         """models: this rank's chunks, in core's wrappers or out of them, with all their weights in place (no parameter gather under
         way); sequence parallelism is switched off while they generate.
@@ -62,6 +67,9 @@ class Engine:
         the kernels read lengths and blocks from the device, and the host waits for the sampled tokens alone. "graph": so too, and
         a pass is one CUDA graph (one rank, bf16, compute capability 9.0 or newer); raises ValueError where that is impossible and
         RuntimeError where the device refuses. "auto": "host" on CPU; on CUDA graphs, else "device", and the log says why.
+        batch_invariant: a result has the same bits whatever other requests there are, and however many slots: those of an
+        interrupted call that are asked for again come out as they would have. On CPU with one thread and decode "host", without token
+        drop, with at most two tensor-parallel ranks (sums over more depend on where in a buffer a number stands).
         """
         if decode not in DECODE_MODES:
             raise ValueError(f"decode={decode!r} must be one of {', '.join(DECODE_MODES)}")
@@ -69,8 +77,10 @@ class Engine:
         self.models: list[M1Model] = unwrap_model(list(models) if isinstance(models, Sequence) else [models])
         self.groups, self.slots = groups, slots
         self.prefill_tokens, self.cache_tokens, self.record_routing = prefill_tokens, cache_tokens, record_routing
-        self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature)
+        self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature, invariant=batch_invariant)
         self.on_device, self.graphs = _decode_mode(decode, groups, self.stages.config.params_dtype)
+        if batch_invariant and self.on_device:
+            raise ValueError("batch_invariant=True needs decode='host', on CPU")
 
     def generate(self, requests: list[Request]) -> list[Result]:
         """A result per request, in order, on every rank. All ranks call it with the same requests.
@@ -85,13 +95,14 @@ class Engine:
     def stream(self, requests: list[Request]) -> Iterator[tuple[int, Result]]:
         """(index, result) of the requests that fall to this replica, each as soon as it is complete.
 
-        All ranks call it with the same requests and read it to its end: with experts spread over data-parallel ranks the others
-        wait for it, and until then the models stay in evaluation mode.
+        All ranks call it with the same requests and read it to its end: replicas that share experts wait for it, and until then the
+        models stay in evaluation mode.
         """
         replicas = self.groups.dp_cp
         own = share_of_replica(requests, replicas.rank(), replicas.size())
         batch = _Batch(self, own)
-        with inference(self.models), batch.recording():
+        exact = exact_experts(self.models) if self.stages.invariant else contextlib.nullcontext()
+        with inference(self.models), exact, batch.recording():
             while (ended := batch.step()) is not None:
                 yield from ended
 
@@ -105,10 +116,12 @@ class _Batch:
 
     def __init__(self, engine: Engine, requests: list[tuple[int, Request]]) -> None:
         stages, groups = engine.stages, engine.groups
-        self.stages, self.prefill_tokens, self.replicas = stages, engine.prefill_tokens, groups.dp_cp
+        self.stages, self.prefill_tokens, self.invariant = stages, engine.prefill_tokens, stages.invariant
+        self.lock_step = LockStep(engine.models, groups)
         self.tp = groups.tp.size()
-        self.lock_step = self.tp % groups.tp_ep.size() != 0
-        self.decode_pad = 1 if local_experts(groups) else self.tp
+        self.row_multiple = _row_multiple(stages.config.m1, groups) if self.invariant else 1
+        self.prefill_pad = math.lcm(self.tp, self.row_multiple)
+        self.decode_pad = self.row_multiple if local_experts(groups) else self.prefill_pad
         self.waiting = deque(group_requests(requests))
         """Prompts with requests that have not started."""
         self.prefilling: list[PromptGroup] = []
@@ -129,7 +142,8 @@ class _Batch:
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, Result]] | None:
-        """One pass: (index, result) of the requests that end with it; None when there is nothing left to do."""
+        """One pass: (index, result) of the requests that end with it; None when there is nothing left to do, here and where experts
+        of this rank are."""
         if self.finished:
             return None
         ended: list[tuple[int, Result]] = []
@@ -137,12 +151,15 @@ class _Batch:
             while self._start_from_prefix():
                 ended += self._ended()
             self._admit()
-        prefill, decode = self._agree(bool(self.prefilling), bool(self.active))
-        if prefill:
+        self.finished = not self.lock_step.any(bool(self.prefilling or self.active))
+        if self.finished:
+            return ended
+        if self.prefilling:
             self._prefill()
-        elif decode:
+        elif self.active:
             self._decode()
-        self.finished = not prefill and not decode
+        else:
+            self.lock_step.idle()
         return ended if self.prefilling else ended + self._ended()
 
     def _cache(self, engine: Engine, capacities: list[int]) -> HybridCache:
@@ -170,16 +187,8 @@ class _Batch:
             dtype=config.params_dtype,
             device=self.stages.device,
             on_device=engine.on_device,
+            invariant=self.invariant,
         )
-
-    def _agree(self, prefill: bool, decode: bool) -> tuple[bool, bool]:
-        """Whether any of the replicas that share experts wants a prefill, and whether any wants to decode."""
-        if not self.lock_step:
-            return prefill, decode
-        wishes = torch.tensor([prefill, decode], dtype=torch.int32, device=self.stages.device)
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX, group=self.replicas)
-        prefill, decode = (bool(wish) for wish in wishes.tolist())
-        return prefill, decode
 
     def _admit(self) -> None:
         """Give slots and blocks to the first waiting prompts and to as many of their requests as find room."""
@@ -201,24 +210,17 @@ class _Batch:
 
     def _prefill(self) -> None:
         """One pass over the next tokens of the prompts being prefilled; after the last one their requests start."""
-        left = self.prefill_tokens
-        parts: list[tuple[PromptGroup, int]] = []
         unfinished = [group for group in self.prefilling if group.prefilled < len(group.prompt)]
-        for group in unfinished:
-            count = len(group.prompt) - group.prefilled
-            if count > left:
-                count = left // BLOCK_TOKENS * BLOCK_TOKENS
-            if count == 0:
-                break
-            parts.append((group, count))
-            left -= count
+        parts = _parts(unfinished, self.prefill_tokens, alike=self.invariant)
         first = len(self.active) + len(self.prefilling) - len(unfinished)
-        position_ids = self.cache.start_prefill(first, [count for _, count in parts], pad_to=self.tp)
+        position_ids = self.cache.start_prefill(
+            first, [count for _, count in parts], pad_to=self.prefill_pad, predicting_pad_to=self.row_multiple
+        )
         tokens = [t for group, count in parts for t in group.prompt[group.prefilled : group.prefilled + count]]
         padded = tokens + [0] * (position_ids.shape[1] - len(tokens))
         output = self.stages.run(upload(padded, self.stages.device)[None], position_ids, self.cache)
         logits = None if output is None else output[0]
-        rows = None if self.routing is None or not parts else self.routing.take(len(tokens))
+        rows = None if self.routing is None else self.routing.take(len(tokens))
         start = 0
         for row, (group, count) in enumerate(parts):
             group.prefilled += count
@@ -227,7 +229,7 @@ class _Batch:
             start += count
             if logits is not None and group.prefilled == len(group.prompt):
                 group.logits = logits[row].clone()
-        if self.prefilling and all(group.prefilled == len(group.prompt) for group in self.prefilling):
+        if all(group.prefilled == len(group.prompt) for group in self.prefilling):
             self._start_prefilled()
 
     def _start_prefilled(self) -> None:
@@ -286,8 +288,6 @@ class _Batch:
             ids = torch.tensor([tokens + [0] * (position_ids.shape[1] - len(tokens))])
             output = self.stages.run(ids, position_ids, self.cache, decode=True, record=record)
             logits = None if output is None else output[0]
-        if not self.active:
-            return
         if self.routing is not None:
             for request, row in zip(self.active, self.routing.take(len(self.active)).split(1), strict=True):
                 request.routing.append(row)
@@ -329,6 +329,34 @@ def _decode_mode(decode: str, groups: ProcessGroupCollection, dtype: torch.dtype
 @functools.cache
 def _log_once(text: str) -> None:
     logger.warning(text)
+
+
+def _parts(groups: list[PromptGroup], tokens: int, *, alike: bool) -> list[tuple[PromptGroup, int]]:
+    """(group, tokens of its prompt) of the next pass over at most `tokens`, in order.
+
+    alike: where a prompt is cut does not depend on the others, and prompts of which a part has gone through the model go alone.
+    """
+    parts: list[tuple[PromptGroup, int]] = []
+    left = tokens
+    for group in groups:
+        count = len(group.prompt) - group.prefilled
+        if count > left:
+            if alike and parts:
+                break
+            count = left // BLOCK_TOKENS * BLOCK_TOKENS
+        if count == 0 or (alike and parts and group.prefilled):
+            break
+        parts.append((group, count))
+        left -= count
+        if alike and group.prefilled:
+            break
+    return parts
+
+
+def _row_multiple(m1: ModelConfig, groups: ProcessGroupCollection) -> int:
+    """Divides the rows of passes that do not depend on one another, see `invariant_rows`."""
+    heads, width = m1.num_attention_heads // groups.tp.size(), m1.intermediate_size // groups.expt_tp.size()
+    return invariant_rows((m1.hidden_size, heads * m1.head_dim, width, m1.rotary_dim // 2))
 
 
 def _capacity(request: Request) -> int:

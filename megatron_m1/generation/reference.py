@@ -4,11 +4,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from megatron_m1.generation.lock_step import LockStep
 from megatron_m1.generation.requests import Request, Result, Running
 from megatron_m1.generation.routing import RoutingRecord
 from megatron_m1.generation.schedule import results_of_all, share_of_replica
@@ -43,7 +43,7 @@ class ReferenceEngine:
         self.models: list[M1Model] = unwrap_model(list(models) if isinstance(models, Sequence) else [models])
         self.groups, self.tokens, self.record_routing = groups, tokens, record_routing
         self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature)
-        self.lock_step = groups.tp.size() % groups.tp_ep.size() != 0
+        self.lock_step = LockStep(self.models, groups)
 
     def generate(self, requests: list[Request]) -> list[Result]:
         """As `Engine.generate`. Raises ValueError for a request that may outgrow `tokens`."""
@@ -62,25 +62,26 @@ class ReferenceEngine:
         routing = RoutingRecord(self.models, self.groups) if self.record_routing else None
         listening = contextlib.nullcontext() if routing is None else routing.listening()
         with inference(self.models), exact_experts(self.models), listening:
-            while self._any(bool(waiting)):
-                request = waiting[0] if waiting else None
+            while self.lock_step.any(bool(waiting)):
+                if not waiting:
+                    self.lock_step.idle()
+                    continue
+                request = waiting[0]
                 self._token(request, routing)
-                if request is not None and request.done:
+                if request.done:
                     waiting.pop(0)
                     if routing is not None:
                         request.result.routing = routing.assembled(request.routing)
                     yield request.index, request.result
 
     @torch.no_grad()
-    def _token(self, request: Running | None, routing: RoutingRecord | None) -> None:
-        """One pass; padding alone without a request."""
-        sequence = [] if request is None else [*request.request.prompt, *request.result.tokens]
+    def _token(self, request: Running, routing: RoutingRecord | None) -> None:
+        """One pass."""
+        sequence = [*request.request.prompt, *request.result.tokens]
         ids = torch.zeros(1, self.tokens, dtype=torch.int64)
         ids[0, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
         positions = torch.arange(self.tokens, device=self.stages.device)[None]
         logits = self.stages.run(ids.to(self.stages.device), positions, None)
-        if request is None:
-            return
         if routing is not None:
             request.routing = [routing.take(len(sequence))]
         self.stages.choose(None if logits is None else self._local(logits), [request], row=len(sequence) - 1)
@@ -88,11 +89,3 @@ class ReferenceEngine:
     def _local(self, logits: Tensor) -> Tensor:
         tp = self.groups.tp
         return logits[0].chunk(tp.size(), dim=-1)[tp.rank()]
-
-    def _any(self, work: bool) -> bool:
-        """Whether any of the replicas that share experts has a request left."""
-        if not self.lock_step:
-            return work
-        flag = torch.tensor([work], dtype=torch.int32, device=self.stages.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.dp_cp)
-        return bool(flag.item())

@@ -9,9 +9,11 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_m1.generation.cache import HybridCache
 from megatron_m1.generation.decode import RecordRouting, decode_stage
+from megatron_m1.generation.products import VECTOR_ELEMENTS
 from megatron_m1.generation.requests import Running
 from megatron_m1.generation.sampling import SamplingPlan, sample, uniform
 from megatron_m1.model.layer import M1Layer
@@ -26,9 +28,17 @@ class Stages:
     """This rank's model chunks (one, or one per virtual stage) among those of the replica; all its ranks call alike."""
 
     def __init__(
-        self, models: Sequence[M1Model], groups: ProcessGroupCollection, *, logprob_temperature: float = 1.0
+        self,
+        models: Sequence[M1Model],
+        groups: ProcessGroupCollection,
+        *,
+        logprob_temperature: float = 1.0,
+        invariant: bool = False,
     ) -> None:
+        """invariant: on CPU, the rows of a decoding pass and the choices do not depend on one another by a bit, provided that the
+        pass has as many rows as `invariant_rows` says."""
         self.models, self.groups, self.logprob_temperature = list(models), groups, logprob_temperature
+        self.invariant = invariant
         self.config = models[0].config
         self.device = next(models[0].parameters()).device
         self.holds_head = models[-1].post_process
@@ -52,7 +62,16 @@ class Stages:
             hidden = None if model.pre_process else self._receive(tokens.shape[1])
             if decode:
                 assert cache is not None
-                output = decode_stage(model, tokens, position_ids, cache, self.groups, hidden=hidden, record=record)
+                output = decode_stage(
+                    model,
+                    tokens,
+                    position_ids,
+                    cache,
+                    self.groups,
+                    hidden=hidden,
+                    record=record,
+                    invariant=self.invariant,
+                )
             else:
                 if hidden is not None:
                     model.set_input_tensor(hidden)
@@ -64,7 +83,7 @@ class Stages:
         return output.unsqueeze(0) if decode else output
 
     def choose(self, logits: Tensor | None, requests: list[Running], *, row: int | None = None) -> None:
-        """Every request takes its next token from its row of logits [m, V / TP] (given where the head is).
+        """Every request takes its next token from its row of logits [m, V / TP] (given where the head is); further rows do not count.
 
         row: a single request takes that row, and its log-probability is computed with those of all rows, as training does.
         Raises FloatingPointError, naming the request, if a logit is not finite.
@@ -72,7 +91,11 @@ class Stages:
         chosen = torch.empty(2, len(requests), dtype=torch.float64, device=self.device)
         if self.holds_head:
             assert logits is not None
-            self._choose(logits, requests, chosen, row)
+            if self.invariant and logits.shape[-1] % VECTOR_ELEMENTS:
+                for index, request in enumerate(requests):
+                    self._choose(logits[index : index + 1], [request], chosen[:, index : index + 1], None)
+            else:
+                self._choose(logits[: len(requests)] if row is None else logits, requests, chosen, row)
         pp = self.groups.pp
         if pp.size() > 1:
             dist.broadcast(chosen, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
@@ -99,7 +122,12 @@ class Stages:
         if self.logprob_temperature != 1.0:
             logits = logits / self.logprob_temperature
         chosen[0] = torch.where(finite.bool()[mine], tokens, -1)
-        chosen[1] = logit_logprobs(logits, tokens.expand(len(logits)), group=tp)[mine]
+        rows = len(logits)
+        tokens = tokens.expand(rows)
+        if self.invariant:
+            padding = -rows % VECTOR_ELEMENTS
+            logits, tokens = pad(logits, (0, 0, 0, padding)), pad(tokens, (0, padding))
+        chosen[1] = logit_logprobs(logits, tokens, group=tp)[:rows][mine]
 
     def _receive(self, length: int) -> Tensor:
         pp, config = self.groups.pp, self.config

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_m1.generation.blocks import BLOCK_TOKENS, blocks_for
+from megatron_m1.generation.products import VECTOR_ELEMENTS
 
 __all__ = ["DecodeStep", "DeviceStep", "HostStep", "Sequence", "padded", "past"]
 
@@ -70,16 +71,18 @@ class DeviceStep:
 class HostStep:
     """The lengths are known to the host, so that no key behind them is touched."""
 
-    def __init__(self, sequences: list[Sequence], positions: list[int], *, padded: int) -> None:
-        """padded: tokens of the pass, those behind the sequences' being padding."""
-        self._sequences = sequences
+    def __init__(self, sequences: list[Sequence], positions: list[int], *, padded: int, invariant: bool) -> None:
+        """padded: tokens of the pass, those behind the sequences' being padding. invariant: what a sequence gets does not depend on
+        the others by a bit."""
+        self._sequences, self._invariant = sequences, invariant
         self.position_ids = torch.tensor([positions + [0] * (padded - len(positions))])
         self._rows = torch.tensor([s.row(p) for s, p in zip(sequences, positions, strict=True)], dtype=torch.int64)
         self._tables: Tensor | None = None
         self._visible: Tensor | None = None
 
     def lightning(self, states: Tensor, qkv: Tensor, slopes: Tensor) -> Tensor:
-        count = len(self._sequences)
+        whole = self._invariant and qkv[0].numel() % VECTOR_ELEMENTS
+        count = len(qkv) if whole else len(self._sequences)
         return padded(lightning_attention_step_packed(qkv[:count], states[:count], slopes), len(qkv))
 
     def softmax(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
@@ -90,7 +93,8 @@ class HostStep:
         values.flatten(0, 1).index_copy_(0, self._rows, v[:count])
         # The query heads of a KV group stand where the queries of a sequence usually do.
         queries = q[:count].unflatten(1, (keys.shape[2], -1))
-        if count == 1 or self._padded_keys() * keys[0, 0].numel() >= IN_PLACE_ELEMENTS:
+        in_place = self._padded_keys() * keys[0, 0].numel() >= IN_PLACE_ELEMENTS
+        if count == 1 or in_place or self._invariant:
             parts = []
             for slot, sequence in enumerate(self._sequences):
                 mine = [past(pool, sequence).transpose(0, 1)[None] for pool in (keys, values)]
@@ -102,7 +106,7 @@ class HostStep:
         return padded(out.flatten(1, 2), len(q))
 
     def predicting(self, hidden: Tensor) -> Tensor:
-        return hidden[: max(len(self._sequences), 1)]
+        return hidden if self._invariant else hidden[: max(len(self._sequences), 1)]
 
     def _padded_keys(self) -> int:
         return blocks_for(max(s.length for s in self._sequences)) * BLOCK_TOKENS

@@ -15,7 +15,7 @@ from torch.nn.functional import grouped_mm, silu
 from megatron_m1.model.lightning import column_linear, row_linear
 from megatron_m1.model.transformer_config import M1TransformerConfig
 
-__all__ = ["GroupedExperts", "SharedExpert", "exact_experts"]
+__all__ = ["EXACT_ROWS", "GroupedExperts", "SharedExpert", "exact_experts"]
 
 EXACT_ROWS = 8
 """In fp32 on CPU a row of a product of 4 or more rows has the same bits whatever the other rows; of 1 to 3 it has others."""

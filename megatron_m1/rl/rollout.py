@@ -9,6 +9,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from megatron_m1 import platform
 from megatron_m1.checkpoint.together import together
 from megatron_m1.config.errors import ConfigError
 from megatron_m1.config.schema import Config
@@ -242,6 +243,8 @@ class Rollouts:
             slots=self.config.rl.slots,
             cache_tokens=self.config.rl.cache_tokens,
             record_routing=self.config.rl.routing_replay,
+            # So that a run which goes on with samples of its journal ends with the same bits.
+            batch_invariant=not platform.is_cuda(),
         )
 
     def _encoded(self, prompt: str, plan: _Plan) -> tuple[int, ...]:
