@@ -1,10 +1,13 @@
 """Training and scoring with a head that sees a few tokens at a time equal those of one rank and all tokens."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from megatron_m1.engine.equality import RankResult, compare, equality_batches, equality_config, run_layout
 from megatron_m1.engine.trainer import Trainer
+from megatron_m1.model import vocab_loss
 from megatron_m1.parallel import destroy_groups, init_groups
 
 STEPS = 2
@@ -33,16 +36,25 @@ def test_chunks_in_every_layout_equal_one_rank(world, parallel, ranks, reference
     assert max(d.loss, d.grad_norm, d.gradient) <= 1e-5, d
 
 
-def _score(rank, world, config) -> tuple[list[torch.Tensor], float]:
-    """(scores, masked mean of their negatives less the loss) of the equality batches, before any training."""
+def _score(rank, world, config) -> tuple[list[torch.Tensor], float, list[int]]:
+    """(scores, masked mean of their negatives less the loss, tokens with logits at a time) of the equality batches, before training."""
+    at_a_time = []
+
+    def buffer(*arguments):
+        made = plain(*arguments)
+        at_a_time.append(len(made))
+        return made
+
+    plain = vocab_loss._buffer
     groups = init_groups(config.parallel, seed=config.training.seed)
     trainer = Trainer(config, groups, train=False)
     batches = equality_batches(config, 0)[groups.dp.rank() :: groups.dp.size()]
-    scores = trainer.score(batches)
+    with patch.object(vocab_loss, "_buffer", buffer):
+        scores = trainer.score(batches)
     loss, tokens = trainer.evaluate(batches)
     mean = -sum(float((s * batch["loss_mask"]).sum()) for s, batch in zip(scores, batches)) / tokens
     destroy_groups()
-    return scores, mean - loss
+    return scores, mean - loss, at_a_time
 
 
 @pytest.mark.parametrize(
@@ -51,9 +63,12 @@ def _score(rank, world, config) -> tuple[list[torch.Tensor], float]:
     ids=["TP2+SP", "CP2xPP2"],
 )
 def test_scores_are_those_of_one_rank_on_every_rank(world, parallel, ranks):
-    ((expected, rest),) = ranks(1, _score, equality_config({}, {}))
+    ((expected, rest, whole),) = ranks(1, _score, equality_config({}, {}))
+    assert set(whole) == {64}
     assert abs(rest) < 1e-6 and expected[0].shape == (2, 32) and expected[0].dtype == torch.float32
     assert all((scores < 0).all() for scores in expected)
-    for scores, _ in ranks(world, _score, equality_config(parallel, {"head_chunk_tokens": CHUNK_TOKENS})):
+    found = ranks(world, _score, equality_config(parallel, {"head_chunk_tokens": CHUNK_TOKENS}))
+    assert {rows for *_, at_a_time in found for rows in at_a_time} == {16}
+    for scores, *_ in found:
         for ours, one in zip(scores, expected, strict=True):
             torch.testing.assert_close(ours, one, rtol=1e-5, atol=1e-5)
