@@ -59,7 +59,12 @@ def parse_arguments() -> PreprocessOptions:
     )
     add("--input-list", metavar="FILE", help="a file that names one input a line")
     add("--tokenizer", required=True, metavar="DIR", help="directory with tokenizer.json")
-    add("--output-prefix", required=True, metavar="P")
+    add(
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="writes P.bin, P.idx, P.meta.json; a data.train or data.valid entry",
+    )
     add("--workers", type=int, default=1, metavar="N", help="worker processes; the output does not depend on it")
     add(
         "--glob",
@@ -68,7 +73,7 @@ def parse_arguments() -> PreprocessOptions:
         metavar="PATTERN",
         help="file names taken from input directories, e.g. '*.py' (default: *.txt *.jsonl *.jsonl.gz)",
     )
-    add("--json-key", default="text", metavar="KEY")
+    add("--json-key", default="text", metavar="KEY", help="key of a line's text (default: text)")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--eod-token", metavar="TOKEN", help="default: eos_token of tokenizer_config.json, else <eod>")
     add("--dtype", choices=["uint16", "int32"], help="default: uint16 below 65,500 tokens, else int32")
@@ -123,6 +128,7 @@ def main() -> int:
     print(
         f"{options.output_prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens; left out: "
         f"{summary.empty_documents:,} empty documents, {summary.bad_records:,} bad records"
+        + (f" (see {options.output_prefix}.quarantine.jsonl)" if summary.bad_records else "")
     )
     print(
         f"{megabytes:.1f} MB in {seconds:.1f} s: {megabytes / seconds:.2f} MB/s, "

@@ -30,9 +30,9 @@ def main() -> int:
         nargs="+",
         default=["*.txt", "*.jsonl", "*.jsonl.gz"],
         metavar="PATTERN",
-        help="file names taken from input directories",
+        help="file names taken from input directories (default: *.txt *.jsonl *.jsonl.gz)",
     )
-    add("--json-key", default="text", metavar="KEY")
+    add("--json-key", default="text", metavar="KEY", help="key of a line's text (default: text)")
     add("--overwrite", action="store_true", help="replace an existing tokenizer")
     args = parser.parse_args()
     if not args.input and not args.input_list:

@@ -23,28 +23,29 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def resolve(path: Path) -> Path:
+def resolve(path: Path, *, option: str = "checkpoint.load") -> Path:
     """The step folder that `path` is, or that the `latest` in it names.
 
-    Raises ConfigError for a missing folder or pointer, and for a pointer that names no folder.
+    option: where the user gave the path, for messages. Raises ConfigError for a missing folder or pointer, and for a pointer that
+    names no folder.
     """
+    if not path.is_dir():
+        raise ConfigError(f"{option}={path} does not exist; name a save folder or a step_XXXXXXXX folder.")
     if (path / ".metadata").is_file() or STEP_FOLDER.fullmatch(path.name):
-        if not path.is_dir():
-            raise ConfigError(f"checkpoint.load={path} does not exist; name a save folder or a step_XXXXXXXX folder.")
         return path
     pointer = path / LATEST
-    if not path.is_dir():
-        raise ConfigError(f"checkpoint.load={path} does not exist; name a save folder or a step_XXXXXXXX folder.")
     if not pointer.is_file():
-        raise ConfigError(
-            f"checkpoint.load={path} holds no file `latest`; name a save folder or a step_XXXXXXXX folder."
-        )
+        if (path / "config.json").is_file():
+            raise ConfigError(
+                f"{option}={path} is a Hugging Face directory; make a checkpoint of it with tools/convert_checkpoint.py import."
+            )
+        raise ConfigError(f"{option}={path} holds no file `latest`; name a save folder or a step_XXXXXXXX folder.")
     name = pointer.read_text(encoding="utf-8").strip()
     for folder in (path / name, path / f"{name}{REPLACED}"):  # the latter: killed while a step was saved anew
         if STEP_FOLDER.match(name) and folder.is_dir():
             return folder
     raise ConfigError(
-        f"{pointer} names {name!r}, which is no folder there; set checkpoint.load to one of {_steps_text(path)}."
+        f"{pointer} names {name!r}, which is no folder there; set {option} to one of {_steps_text(path)}."
     )
 
 

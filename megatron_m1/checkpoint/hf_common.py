@@ -106,7 +106,7 @@ def open_native(checkpoint: Path) -> Native:
 
     Raises ConfigError for a missing checkpoint or configuration and for a tensor that is missing or of another shape.
     """
-    step = folders.resolve(checkpoint)
+    step = folders.resolve(checkpoint, option="--checkpoint")
     config = from_yaml(step / "config.yaml")
     native = Native(step, config, NativeReader(step), native_layout(config.model))
     check_native(step, native.layout, native.reader)

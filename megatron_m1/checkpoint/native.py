@@ -6,6 +6,7 @@ data-parallel ranks, of the weights what replica 0 has. Every function but `chec
 an error on one rank is raised on all.
 """
 
+import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -97,11 +98,22 @@ class Checkpointer:
 
 
 def check_save_folder(checkpoint: CheckpointConfig) -> None:
-    """Raises ConfigError if a run from step 0 would put its steps among those that `checkpoint.save` holds. Not collective."""
-    if checkpoint.save is None or (checkpoint.load is not None and not checkpoint.weights_only):
+    """Raises ConfigError if this rank cannot write to `checkpoint.save` (made if need be), and if a run from step 0 would put its steps
+    among those that it holds. Not collective."""
+    if checkpoint.save is None:
         return
-    pointer = Path(checkpoint.save) / folders.LATEST
-    if pointer.exists():
+    save = Path(checkpoint.save)
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=save):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"checkpoint.save={save} cannot be written to: {error.strerror}; name another folder."
+        ) from None
+    pointer = save / folders.LATEST
+    from_step_0 = checkpoint.load is None or checkpoint.weights_only
+    if from_step_0 and pointer.exists():
         raise ConfigError(
             f"checkpoint.save={checkpoint.save} holds the steps of another run (newest: {pointer.read_text().strip()}), which a "
             "run from step 0 would replace; set checkpoint.load to it to continue that run, or checkpoint.save to another folder."

@@ -6,6 +6,7 @@ problem: torch writes without holding the interpreter lock, and the tensors are 
 """
 
 import queue
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,10 @@ class Writing:
             self.thread.join()
         with together():
             if self.error is not None:
+                free = shutil.disk_usage(self.partial).free  # torch's error does not say that the disk is full
                 raise ConfigError(
-                    f"checkpoint.save: {self.partial} could not be written by rank {dist.get_rank()} ({self.error}); "
-                    "the previous checkpoint is untouched."
+                    f"checkpoint.save: {self.partial} could not be written by rank {dist.get_rank()} ({self.error}; {free:,} bytes are "
+                    "free there); the previous checkpoint is untouched."
                 ) from self.error
         with together():
             self._write_metadata()

@@ -122,7 +122,21 @@ def _expand(entry: str, globs: list[str]) -> list[str]:
     for path in found:
         if path.endswith(UNREADABLE) and not path.endswith(".jsonl.gz"):
             raise ConfigError(f"--input {path} has a format that cannot be read; convert it to .jsonl or .jsonl.gz.")
+        if path.endswith((".json", ".ndjson")) and _has_json_lines(path):
+            raise ConfigError(
+                f"--input {path} holds JSON lines, but would be read as one document; give it the ending .jsonl."
+            )
     return found
+
+
+def _has_json_lines(path: str) -> bool:
+    """Whether each of the first two lines is a whole JSON object."""
+    with open(path, "rb") as stream:
+        lines = [stream.readline(1 << 24) for _ in range(2)]
+    try:
+        return all(isinstance(orjson.loads(line), dict) for line in lines)
+    except orjson.JSONDecodeError:
+        return False
 
 
 class PieceReader:

@@ -277,7 +277,7 @@ def _work(connection: Connection, options: PreprocessOptions, dtype: np.dtype, s
         except ConfigError as error:
             result = error
         except OSError as error:
-            result = PreprocessError(str(error))
+            result = PreprocessError(f"{_shard_path(shards, index)}: {error.strerror or error}.")
         try:
             connection.send((index, result))
         except BrokenPipeError:

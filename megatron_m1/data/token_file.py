@@ -193,7 +193,7 @@ class TokenFileWriter:
     Everything goes to temporary names first; leaving the block without an error renames .bin, .meta.json and, last, .idx;
     leaving it with an error removes the temporary files.  dtype: see `token_dtype`.
     metadata: stored in PREFIX.meta.json together with `tokens`, `documents`, `dtype` and `max_token_id`.
-    Raises ConfigError if the files exist and `overwrite` is not set.
+    Raises ConfigError if the files exist and `overwrite` is not set, and for a prefix without a file name.
     """
 
     def __init__(
@@ -208,6 +208,10 @@ class TokenFileWriter:
         if self.dtype not in CODES:
             raise ConfigError(f"dtype {self.dtype} is not one of {[str(d) for d in CODES]}.")
         self.metadata = dict(metadata or {})
+        if not os.path.basename(self.prefix):
+            raise ConfigError(
+                f"--output-prefix {self.prefix} names a folder; add the name of the files, e.g. {self.prefix}train."
+            )
         if not overwrite:
             for path in [f"{self.prefix}.{ending}" for ending in ENDINGS]:
                 if os.path.exists(path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -195,6 +196,7 @@ def test_bad_lines_are_quarantined(folder: Path, tmp_path: Path) -> None:
     ]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
+    assert f" bad records (see {tmp_path / 'out'}.quarantine.jsonl)\n" in done.stdout
     expected = {(str(source), line): reason for line, (_, reason) in BAD.items()}
     expected |= {(str(source), 15): "not valid JSON", (str(tmp_path / "latin.txt"), 2): "not UTF-8"}
     records = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
@@ -231,6 +233,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         (["--input", text, "--eod-token", "</s>"], "'</s>' is not in"),
         (["--input", text, "--workers", 0], "--workers 0 must be at least 1"),
         (["--input", text, "--tokenizer", tmp_path], "tokenizer.json does not exist"),
+        (["--input", text, "--output-prefix", f"{tmp_path}/"], "names a folder; add the name of the files, e.g."),
     ]:
         done = run("--tokenizer", folder / "tok", "--output-prefix", prefix, *arguments)
         assert done.returncode == 2 and done.stderr.count("error: ") == 1 and message in done.stderr, done.stderr
@@ -248,6 +251,19 @@ def long_input(folder: Path) -> Path:
     line = json.dumps({"text": document(1, 5000)}) + "\n"
     path.write_text(line * (24_000_000 // len(line)))
     return path
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(folder: Path, long_input: Path, tmp_path: Path) -> None:
+    """With a limit on the size of a file in place of a full disk."""
+    arguments = ["--input", long_input, "--tokenizer", folder / "tok", "--output-prefix", tmp_path / "out"]
+    command = [sys.executable, ROOT / "tools/preprocess_data.py", *arguments]
+    limited = ["bash", "-c", 'ulimit -f 100 && exec "$@"', "bash", *map(str, command)]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=90, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(
+        r"^error: \S+/out\.shards-\w+/\d{8}\.bin: File too large\. No token file was written\.$", done.stderr, re.M
+    )
+    assert left_over(tmp_path / "out") == []
 
 
 def interrupts_are_taken() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.checkpoint import folders
+from megatron_m1.checkpoint.native import check_save_folder
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.config.schema import CheckpointConfig
 
 
 def save(root: Path, step: int, keep: int = 0) -> Path:
@@ -95,6 +97,25 @@ def test_what_cannot_be_resolved(tmp_path, prepare, message):
     (tmp_path / "step_00000001").mkdir()
     with pytest.raises(ConfigError, match=message):
         folders.resolve(prepare(tmp_path))
+
+
+def test_a_hugging_face_directory_is_named_as_such(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"--checkpoint=.* is a Hugging Face directory; .*convert_checkpoint.py import"
+    ):
+        folders.resolve(tmp_path, option="--checkpoint")
+
+
+def test_a_save_folder_that_cannot_be_written_to_is_found_at_the_start(tmp_path):
+    check_save_folder(CheckpointConfig(save=str(tmp_path / "new" / "run")))
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+    (tmp_path / "file").touch()
+    for load in (None, str(tmp_path)):
+        with pytest.raises(
+            ConfigError, match=r"checkpoint.save=.*/file/run cannot be written to: Not a directory; name"
+        ):
+            check_save_folder(CheckpointConfig(save=str(tmp_path / "file" / "run"), load=load))
 
 
 def point(root: Path, name: str) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.config.errors import ConfigError
-from megatron_m1.data.inputs import read_input_list
+from megatron_m1.data.inputs import plan_pieces, read_input_list
 
 ROOT = Path(__file__).parents[3]
 
@@ -20,6 +20,18 @@ def test_read_input_list(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=message):
             read_input_list(str(path))
+
+
+def test_json_lines_under_another_ending_are_not_taken_for_one_document(tmp_path: Path) -> None:
+    for name in ("corpus.json", "corpus.ndjson"):
+        (tmp_path / name).write_text('{"text": "a"}\n{"text": "b"}\n')
+        for entry in (tmp_path / name, tmp_path):
+            with pytest.raises(ConfigError, match=rf"{name} holds JSON lines.*give it the ending .jsonl"):
+                plan_pieces([str(entry)], ["*.json", "*.ndjson"])
+        (tmp_path / name).unlink()
+    for text in ('{\n  "a": 1\n}\n', '{"a": 1}\n', "[1]\n[2]\n", ""):
+        (tmp_path / "one.json").write_text(text)
+        assert [piece.kind for piece in plan_pieces([str(tmp_path)], ["*.json"])] == ["text"]
 
 
 @pytest.mark.parametrize(
