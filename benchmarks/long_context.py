@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     model, cluster = load_config(rest).model, DEVICES[options.device]
     results = environment("long_context", argv) | {"labels": LABELS, "model": asdict(model), "points": []}
     if options.resume and options.output.exists():
-        results["points"] = [row for row in json.loads(options.output.read_text())["points"] if is_done(row)]
+        before = json.loads(options.output.read_text())
+        results["points"] = [{"commit": before["commit"]} | row for row in before["points"] if is_done(row)]
     done = {Point(**row["point"]): row for row in results["points"]}
     for point in points(options):
         if point in done:
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         left = options.time_limit_s - (time.perf_counter() - started)
         why = left_out(point, list(done.values()), limit_s=min(left, options.point_limit_s))
         row = {"skipped": why} if why else measured_or_why(point, model, cluster, options.experts)
-        done[point] = {"point": asdict(point)} | row
+        done[point] = {"point": asdict(point), "commit": results["commit"]} | row
         results["points"].append(done[point])
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(results, indent=1) + "\n")
@@ -152,19 +153,23 @@ def points(options: argparse.Namespace) -> Iterator[Point]:
 
 def left_out(point: Point, rows: list[dict[str, Any]], *, limit_s: float) -> str | None:
     """Why a point is not to be measured, from what is known of its series; None: it is."""
+    measured = []
     for row in rows:
         earlier = Point(**row["point"])
         if earlier.series != point.series:
             continue
-        longer = (point.tokens / point.context) / (earlier.tokens / earlier.context)
-        if "error" in row and longer >= 1:
+        if "error" in row and point.tokens * earlier.context >= earlier.tokens * point.context:
             return f"with {earlier.tokens // earlier.context} tokens: {row['error']}"
         if row.get("rounds", 0) > 1:
-            # Softmax attention works on all tokens of the sequence, of which context ranks take equal parts.
-            growth = longer * (point.tokens / earlier.tokens if point.kind == "softmax" else 1)
-            expected = growth * (row["forward_s"] + row["backward_s"])
-            if expected > limit_s:
-                return f"expected up to {expected:.0f} s, above the {max(limit_s, 0):.0f} s that are left for it"
+            measured.append((earlier.tokens / earlier.context, earlier.tokens, row["forward_s"] + row["backward_s"]))
+    if measured:
+        # From the longest, since short ones are bound by the host. Softmax attention works on all tokens of the
+        # sequence, of which context ranks take equal parts.
+        local, tokens, seconds = max(measured)
+        expected = seconds * point.tokens / point.context / local
+        expected *= point.tokens / tokens if point.kind == "softmax" else 1
+        if expected > limit_s:
+            return f"expected up to {expected:.0f} s, above the {max(limit_s, 0):.0f} s that are left for it"
     return None if limit_s > 0 else "no time left"
 
 
