@@ -49,7 +49,7 @@ class LightningContext:
         """
         chains = state_chains(layout, q.device)
         if chains.empty:
-            return lambda: _local(q, k, v, slopes, layout, None)
+            return lambda: _local(q, k, v, slopes, layout, None).reshape(q.shape)
         pieces = layout.local_pieces
         leaving, entering = (_spans(layout, chosen, q.device) for chosen in (chains.leaving, chains.entering))
         k, v, states = _FinalStates.apply(k, v, slopes, leaving, len(chains.leaving))
@@ -67,24 +67,23 @@ class LightningContext:
         token = exchange.start(states)
         if method == "ring" or len(pieces) > SPARE_STATES + len(chains.entering):
             out = _local(q, k, v, slopes, layout, None)
-            return lambda: _AddEntered.apply(out, q, exchange.finish(token), slopes, entering)
+            return lambda: _AddEntered.apply(out, q, exchange.finish(token), slopes, entering).reshape(q.shape)
 
         def finish() -> Tensor:
             entry = exchange.finish(token)
             places = layout.memo(("entering", q.device), lambda: upload(chains.entering, q.device))
             initial = entry.new_zeros(len(pieces), *entry.shape[1:]).index_copy(0, places, entry)
-            return _local(q, k, v, slopes, layout, initial)
+            return _local(q, k, v, slopes, layout, initial).reshape(q.shape)
 
         return finish
 
 
 def _local(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, layout: SequenceLayout, initial: Tensor | None) -> Tensor:
-    """Lightning attention of each local piece by itself, from its row of `initial` [P, H, D, D] or zero."""
+    """Lightning attention of each local piece by itself, from its row of `initial` [P, H, D, D] or zero; dense: [P, tokens, H, D]."""
     if layout.packed:
         return lightning_attention(q, k, v, slopes, initial_state=initial, cu_seqlens=layout.cu_seqlens(q.device))
-    rows, tokens = q.shape[:2]
-    q, k, v = (x.reshape(2 * rows, tokens // 2, *x.shape[2:]) for x in (q, k, v))
-    return lightning_attention(q, k, v, slopes, initial_state=initial).reshape(rows, tokens, *q.shape[2:])
+    q, k, v = (x.reshape(2 * len(x), x.shape[1] // 2, *x.shape[2:]) for x in (q, k, v))
+    return lightning_attention(q, k, v, slopes, initial_state=initial)
 
 
 @dataclass(frozen=True)
@@ -171,14 +170,18 @@ class _FinalStates(torch.autograd.Function):
 
 
 class _AddEntered(torch.autograd.Function):
-    """out, to which e^{-s (i+1)} q_i S is added (in place) at token i of each piece that starts from a state S."""
+    """out, to which e^{-s (i+1)} q_i S is added (in place) at token i of each piece that starts from a state S.
+
+    out: as many numbers as q, not a view: autograd would copy the gradient of one twice.
+    """
 
     @staticmethod
     def forward(ctx, out: Tensor, q: Tensor, entry: Tensor, slopes: Tensor, spans: list[_Span]) -> Tensor:
         ctx.save_for_backward(q, entry, slopes)
         ctx.spans = spans
+        rows = out.view(q.shape)
         for span in spans:
-            span.read(q, entry, slopes, out=out)
+            span.read(q, entry, slopes, out=rows)
         ctx.mark_dirty(out)
         return out
 
@@ -186,8 +189,8 @@ class _AddEntered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
         q, entry, slopes = ctx.saved_tensors
-        dq, dentry = torch.zeros_like(q), torch.empty_like(entry)
+        dq, dentry, rows = torch.zeros_like(q), torch.empty_like(entry), do.reshape(q.shape)
         for span in ctx.spans:
-            span.read(do, entry, slopes, out=dq, transposed=True)
-            dentry[span.rows] = span.states(q, do, slopes, reverse=True)
+            span.read(rows, entry, slopes, out=dq, transposed=True)
+            dentry[span.rows] = span.states(q, rows, slopes, reverse=True)
         return do, dq, dentry, None, None
