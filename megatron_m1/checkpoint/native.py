@@ -98,14 +98,13 @@ class Checkpointer:
 
 
 def check_save_folder(checkpoint: CheckpointConfig) -> None:
-    """Raises ConfigError if this rank cannot write to `checkpoint.save` (made if need be), and if a run from step 0 would put its steps
+    """Raises ConfigError if this rank cannot write to `checkpoint.save`, or make it, and if a run from step 0 would put its steps
     among those that it holds. Not collective."""
     if checkpoint.save is None:
         return
     save = Path(checkpoint.save)
     try:
-        save.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=save):
+        with tempfile.TemporaryFile(dir=next(folder for folder in (save, *save.parents) if folder.exists())):
             pass
     except OSError as error:
         raise ConfigError(

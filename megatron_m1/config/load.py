@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.config.help import describe_keys
 from megatron_m1.config.schema import Config
 
 __all__ = ["from_yaml", "known_keys", "load_config", "to_yaml"]
@@ -35,6 +36,8 @@ def load_config(argv: list[str], *, base: Config | None = None) -> Config:
             if name not in known_keys() and name not in _OWN_OPTIONS:
                 raise ConfigError(_unknown(f"--{name}", name, where="command line"))
     parser = _parser(base)
+    if {"-h", "--help"} & {*options}:
+        describe_keys(parser)
     ordered = [argument for file in files for argument in ("--config", file)] + options
     try:
         namespace = parser.parse_args([*ordered])

@@ -70,6 +70,9 @@ def train(config: Config) -> None:
         log.say(
             f"{dist.get_world_size()} ranks on {platform.device_name()}, {training.precision}, AdamW of {trainer.adam}"
         )
+        if config.checkpoint.load:
+            what = "weights of" if config.checkpoint.weights_only else f"continuing after step {first}:"
+            log.say(f"{what} {config.checkpoint.load}")
         if evaluation.enabled:
             before = evaluation.loss(trainer)
             log.event({"event": "evaluation", "after_step": first, "valid_loss": before})
@@ -113,6 +116,7 @@ def train(config: Config) -> None:
             log.step(metrics, show=last or _every(config.logging.every_steps, step + 1))
             checkpoints.poll()
             if config.checkpoint.save and (last or reason or _every(config.checkpoint.every_steps, step + 1)):
+                log.say(f"saving step {step + 1} to {config.checkpoint.save}")
                 checkpoints.save(step + 1)
             if reason:
                 log.say(f"stopping after step {step + 1}: {reason}")

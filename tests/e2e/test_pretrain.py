@@ -3,6 +3,8 @@
 Where the launcher is part of the question the job runs under torchrun, elsewhere the command runs in the ranks of the pool.
 """
 
+import contextlib
+import io
 import json
 import math
 import signal
@@ -191,9 +193,19 @@ def test_a_resumed_run_goes_on_bit_by_bit(folder, one_rank, tmp_path, ranks, don
     assert steps(tmp_path) == {step: entry for step, entry in steps(one_rank).items() if step > done}
 
 
+def printed(rank, world, argv):
+    """What the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert pretrain_rank(rank, world, argv) is None
+    return output.getvalue()
+
+
 def test_a_finished_run_has_nothing_to_do(folder, one_rank, ranks, tmp_path):
     keys = {"training.steps": 5, "checkpoint.load": folder / "checkpoints", "logging.dir": tmp_path}
-    assert ranks(1, pretrain_rank, options(folder, keys)) == [None]
+    (output,) = ranks(1, printed, options(folder, keys))
+    assert (
+        f"continuing after step 5: {folder / 'checkpoints'}\n" in output and "nothing to do: 5 steps are done" in output
+    )
     assert steps(tmp_path) == {} and entries(tmp_path)[0]["from_step"] == 5
 
 
@@ -216,6 +228,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(folder, tmp_path, ranks):
         output, errors = job.communicate(timeout=120)
     assert job.returncode == 0, errors
     assert "stopping after step" in output and "SIGUSR1" in output and "Traceback" not in errors
+    assert f"saving step {max(steps(tmp_path / 'log'))} to {tmp_path / 'checkpoints'}\n" in output
     assert max(steps(tmp_path / "log")) == resumes(folder, tmp_path / "checkpoints", tmp_path, ranks, world=2)
 
 

@@ -3,6 +3,8 @@ import os
 import pytest
 
 from megatron_m1.config import Config, ConfigError, from_yaml, load_config, to_yaml
+from megatron_m1.config.help import key_texts
+from megatron_m1.config.load import known_keys
 from megatron_m1.config.schema import BatchStage
 
 
@@ -98,6 +100,25 @@ def test_bad_files(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         from_yaml(write(tmp_path / "bad.yaml", text))
     assert message in str(caught.value)
+
+
+def test_help_says_what_the_schema_says_of_every_key(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit) as caught:
+        load_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for key in known_keys():
+        assert f"--{key}" in shown
+    assert (
+        "Seconds after which a collective that a dead rank never joins ends the run. (type: int, default: 600)" in shown
+    )
+    assert "--checkpoint.save SAVE Directory to write to; holds" in shown
+    assert "checkpoint: --checkpoint CONFIG" in shown and "optimizer: AdamW. Defaults are MiniMax-Text-01's." in shown
+    assert "--optimizer.lr LR (type: float, default: 0.0002)" in shown
+    texts = key_texts()
+    assert len(texts) > 80 and set(texts) < set(known_keys())
+    assert all(text in shown for text in texts.values())
 
 
 def test_print_config(capsys):
