@@ -26,7 +26,7 @@ def product(x: Tensor, weight: Tensor, *, invariant: bool = False) -> Tensor:
 
     invariant: a row has the same bits whatever the other rows are (CPU; n a multiple of EXACT_ROWS).
     """
-    if invariant or x.is_cuda or x.dtype != torch.float32 or len(x) not in SKINNY_ROWS:
+    if invariant or x.is_cuda or x.dtype != torch.float32 or x.shape[0] not in SKINNY_ROWS:
         return linear(x, weight)
     return torch.mm(weight, x.t()).t().contiguous()
 
@@ -49,49 +49,37 @@ class Grouping:
     """[pairs] fp32, of the sorted pairs."""
     places: Tensor
     """[n * top_k], where each pair stands among the sorted ones."""
-    invariant: bool
-    """No row of a product depends on the others."""
-    ends: Tensor | None
-    """[experts] int32, on the device: where each expert's pairs end."""
-    used: list[tuple[int, int]]
-    """On the host: (expert, pairs with padding) of those that have any."""
+    ends: Tensor
+    """[experts] int32: where each expert's pairs, with their padding, end."""
+    used: list[tuple[int, int]] | None
+    """(expert, pairs) of those that have any, for one product each; None for a grouped one."""
 
     @classmethod
     def of(cls, logits: Tensor, top_k: int, *, invariant: bool = False) -> "Grouping":
         """For the router's logits [n, experts] fp32. On CUDA without a wait for the device. invariant: on CPU, with padding."""
         if logits.is_cuda:
             routed = route(logits, top_k)
-            return cls(routed.experts, routed.tokens, routed.shares, routed.places, False, routed.ends, [])
+            return cls(routed.experts, routed.tokens, routed.shares, routed.places, routed.ends, None)
         scores, chosen = logits.topk(top_k, dim=-1)
-        members: dict[int, list[int]] = {}
-        for pair, expert in enumerate(chosen.flatten().tolist()):
-            members.setdefault(expert, []).append(pair)
-        order: list[int] = []
-        used, places = [], [0] * chosen.numel()
-        for expert in sorted(members):
-            pairs = members[expert]
-            for place, pair in enumerate(pairs, start=len(order)):
-                places[pair] = place
-            padding = -len(pairs) % EXACT_ROWS if invariant else 0
-            order += pairs + [0] * padding
-            used.append((expert, len(pairs) + padding))
-        order_ids = torch.tensor(order)
-        shares = scores.softmax(dim=-1).flatten().index_select(0, order_ids)
-        tokens = order_ids.div(top_k, rounding_mode="floor")
-        return cls(chosen, tokens, shares, torch.tensor(places), invariant, None, used)
+        experts, pairs = chosen.flatten().sort(stable=True)
+        counts = torch.bincount(experts, minlength=logits.shape[-1])
+        rows, order = torch.arange(pairs.shape[0]), pairs
+        if invariant:
+            padded = (counts + (EXACT_ROWS - 1)) // EXACT_ROWS * EXACT_ROWS
+            rows += ((padded - counts).cumsum(0) - (padded - counts))[experts]
+            order, counts = pairs.new_zeros(int(padded.sum())).index_copy_(0, rows, pairs), padded
+        places = torch.empty_like(pairs).index_copy_(0, pairs, rows)
+        shares = scores.softmax(dim=-1).flatten().index_select(0, order)
+        tokens = order.div(top_k, rounding_mode="floor")
+        used = None if invariant else [(expert, count) for expert, count in enumerate(counts.tolist()) if count]
+        return cls(chosen, tokens, shares, places, counts.cumsum(0, dtype=torch.int32), used)
 
     def product(self, x: Tensor, weights: Tensor) -> Tensor:
-        """x @ weights[expert of the row]^T [pairs, N] for sorted rows x and weights [experts, N, K]: one grouped kernel on CUDA,
-        elsewhere one product per expert that has rows."""
-        if self.ends is not None:
+        """x @ weights[expert of the row]^T [pairs, N] for sorted rows x and weights [experts, N, K]."""
+        if self.used is None:
             return grouped_mm(x, weights.transpose(1, 2), offs=self.ends)
         parts = x.split([count for _, count in self.used])
-        return torch.cat(
-            [
-                product(part, weights[expert], invariant=self.invariant)
-                for part, (expert, _) in zip(parts, self.used, strict=True)
-            ]
-        )
+        return torch.cat([product(part, weights[expert]) for part, (expert, _) in zip(parts, self.used, strict=True)])
 
     def summed(self, x: Tensor) -> Tensor:
         """[n, N] from sorted rows x: the sum over each token's experts, in fixed order."""
