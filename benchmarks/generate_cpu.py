@@ -1,17 +1,19 @@
 """CPU generation: ours against transformers' generate on the same weights, and what each mechanism of the engine gives.
 
-    python -m benchmarks.generate_cpu [--parts peers prefix ragged context drift] [--rounds 3] [--threads N] [--output FILE.json]
+    python -m benchmarks.generate_cpu [--parts peers prefix ragged context invariant drift] [--rounds 3] [--threads N] [--output FILE.json]
 
 peers    tokens/s (prompts included) at batch 1, 8 and 32 against transformers with its fastest experts, taking turns; both draw
-         from the whole softmax; the share of greedy tokens on which the two agree; a decoding pass against its floor, the time to read
-         every weight once (of the experts those some token goes to).
+         from the whole softmax; the share of greedy tokens on which the two agree; a decoding pass against its floor: the time to read
+         every weight once (of the experts those some token goes to), to read and write the states, and the arithmetic of its
+         products at the rate of a large one.
 prefix   8 samples of one prompt of 2,048 tokens against 8 prompts that differ in their first token.
 ragged   requests of 64 to 1,024 new tokens: slots refilled as they fall free, against static batches, in which every row runs
          to the end of the longest (as in transformers) or leaves when it is done.
 context  time per decoding pass against the tokens that stand before it.
+invariant  a decoding pass whose rows do not depend on one another by a bit, against the usual one.
 drift    4,096 decoding steps of a small model: largest distance of their log-probabilities from those of training's forward pass.
 
-Written after every part, with the load of the machine around it.
+Times of passes are CPU time. Written after every part, with the load of the machine around it.
 """
 
 import argparse
@@ -39,13 +41,16 @@ from benchmarks.generation_sides import (  # noqa: E402
     GREEDY,
     Ours,
     Theirs,
+    multiply_rate,
     prefix,
     ragged,
     random_prompts,
     ratio,
     read_rate,
     seconds,
+    state_bytes,
     step_bytes,
+    step_flops,
 )
 from benchmarks.train_step_cpu import git, hardware  # noqa: E402
 from megatron_m1.engine.distributed import init_distributed  # noqa: E402
@@ -73,7 +78,7 @@ DRIFT_MODEL = replace(
 
 def main() -> None:
     parts: dict[str, Callable[[Ours, argparse.Namespace], dict[str, Any]]] = {
-        "peers": peers, "prefix": shared_prefix, "ragged": ragged_lengths, "context": context, "drift": drift,
+        "peers": peers, "prefix": shared_prefix, "ragged": ragged_lengths, "context": context, "invariant": invariant, "drift": drift,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
@@ -108,8 +113,11 @@ def main() -> None:
 def peers(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         theirs = Theirs(ours, Path(folder))
-    new, rate = arguments.new_tokens, read_rate()
-    out: dict[str, Any] = {"prompt_tokens": 64, "new_tokens": new, "weights_read_gbyte_per_s": rate / 1e9}
+    new, rate, arithmetic = arguments.new_tokens, read_rate(), multiply_rate()
+    out: dict[str, Any] = {
+        "prompt_tokens": 64, "new_tokens": new,
+        "weights_read_gbyte_per_s": rate / 1e9, "products_gflop_per_s": arithmetic / 1e9,
+    }  # fmt: skip
     for batch in arguments.batches:
         prompts = random_prompts(batch, 64, MODEL.vocab_size)
         greedy = ours.run(ours.requests(prompts, [new] * batch, GREEDY), batch)
@@ -127,7 +135,12 @@ def peers(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
             "transformers": partial(theirs.generate, prompts, new, sample=True),
         }
         times = seconds(calls, arguments.rounds)
-        steps = sorted(ours.step_seconds(requests, batch))
+        steps = sorted(ours.step_seconds(requests, batch, clock=time.process_time))
+        floor = {
+            "weights_once": step_bytes(MODEL, batch, 4) / rate,
+            "states": state_bytes(MODEL, batch) / rate,
+            "arithmetic": step_flops(MODEL, batch) / arithmetic,
+        }
         out[f"batch_{batch}"] = {
             "tokens_per_s": {side: batch * new / min(t["wall_s"]) for side, t in times.items()},
             "tokens_per_cpu_s": {side: batch * new / min(t["cpu_s"]) for side, t in times.items()},
@@ -135,7 +148,8 @@ def peers(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
             "transformers_experts": min(experts, key=experts.__getitem__),
             "greedy_tokens_equal": statistics.mean(equal),
             "step_ms": {"fastest": 1e3 * steps[0], "median": 1e3 * statistics.median(steps)},
-            "weights_once_ms": 1e3 * step_bytes(MODEL, batch, 4) / rate,
+            "floor_ms": {name: 1e3 * seconds for name, seconds in floor.items()},
+            "fastest_step_over_floor": steps[0] / sum(floor.values()),
         }
     return out
 
@@ -152,8 +166,22 @@ def context(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
     """Of 4 sequences; medians over 48 passes."""
     out: dict[str, Any] = {"batch": 4, "step_ms": {}}
     for length in arguments.contexts:
-        steps = ours.step_seconds(ours.requests(random_prompts(4, length, MODEL.vocab_size), [49] * 4), 4)
+        requests = ours.requests(random_prompts(4, length, MODEL.vocab_size), [49] * 4)
+        steps = ours.step_seconds(requests, 4, clock=time.process_time)
         out["step_ms"][length] = {"fastest": 1e3 * min(steps), "median": 1e3 * statistics.median(steps)}
+    return out
+
+
+def invariant(ours: Ours, arguments: argparse.Namespace) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for batch in arguments.batches:
+        requests = ours.requests(random_prompts(batch, 64, MODEL.vocab_size), [24] * batch)
+        steps: dict[bool, list[float]] = {False: [], True: []}
+        for number in range(2 * arguments.rounds):
+            kind = bool(number % 2)
+            steps[kind] += ours.step_seconds(requests, batch, clock=time.process_time, batch_invariant=kind)
+        usual, alike = (1e3 * statistics.median(steps[kind]) for kind in (False, True))
+        out[f"batch_{batch}"] = {"step_ms": usual, "invariant_step_ms": alike, "cost": alike / usual}
     return out
 
 

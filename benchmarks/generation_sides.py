@@ -1,5 +1,6 @@
 """Both sides of the generation benchmarks: our engine, and transformers' generate on the same weights; clocks, prompts, floors."""
 
+import heapq
 import itertools
 import json
 import statistics
@@ -29,6 +30,7 @@ __all__ = [
     "GREEDY",
     "Ours",
     "Theirs",
+    "multiply_rate",
     "prefix",
     "ragged",
     "random_prompts",
@@ -37,6 +39,7 @@ __all__ = [
     "seconds",
     "state_bytes",
     "step_bytes",
+    "step_flops",
 ]
 
 Times = dict[str, dict[str, list[float]]]
@@ -77,14 +80,16 @@ class Ours:
     def run(self, requests: list[Request], slots: int, **options: Any) -> list[list[int]]:
         return [result.tokens for result in self.engine(slots, **options).generate(requests)]
 
-    def step_seconds(self, requests: list[Request], slots: int, **options: Any) -> list[float]:
-        """Wall seconds of every decoding pass; the choice of tokens, which ends it, waits for the device."""
+    def step_seconds(
+        self, requests: list[Request], slots: int, *, clock: Callable[[], float] = time.perf_counter, **options: Any
+    ) -> list[float]:
+        """Seconds of every decoding pass by `clock`; the choice of tokens, which ends it, waits for the device."""
         engine, ends = self.engine(slots, **options), []
         choose = engine.stages.choose
 
         def timed(*arguments: Any, **named: Any) -> None:
             choose(*arguments, **named)
-            ends.append(time.perf_counter())
+            ends.append(clock())
 
         engine.stages.choose = timed  # type: ignore[method-assign]
         engine.generate(requests)
@@ -164,6 +169,15 @@ def step_bytes(model: ModelConfig, batch: int, item: int) -> float:
     return item * (attention + experts) + 4.0 * fp32
 
 
+def step_flops(model: ModelConfig, batch: int) -> float:
+    """Floating-point operations of the products of a decoding step of `batch` tokens."""
+    h, D, F = model.hidden_size, model.head_dim, model.intermediate_size
+    query, key_value = model.num_attention_heads * D, model.num_key_value_heads * D
+    attention = sum(h * (2 * query + 2 * key_value) if kind else h * 5 * query for kind in model.layer_types())
+    experts = model.num_hidden_layers * (model.num_experts_per_tok * 3 * F + model.num_local_experts) * h
+    return 2.0 * batch * (attention + experts + h * model.vocab_size)
+
+
 def state_bytes(model: ModelConfig, batch: int) -> float:
     """Bytes of lightning states that a decoding step reads and writes."""
     layers = model.layer_types().count(0)
@@ -186,6 +200,19 @@ def read_rate() -> float:
         platform.synchronize()
         best = min(best, time.perf_counter() - start)
     return data.nbytes / best
+
+
+def multiply_rate() -> float:
+    """Floating-point operations per second of a product of matrices of 1,024 rows and columns in fp32, the best of five."""
+    x = torch.randn(1024, 1024, device=platform.device())
+    best = float("inf")
+    for _ in range(5):
+        platform.synchronize()
+        start = time.perf_counter()
+        torch.mm(x, x)
+        platform.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * 1024**3 / best
 
 
 def prefix(ours: Ours, *, new: int, rounds: int, tokens: int = 2048, decode: str = "auto") -> dict[str, Any]:
@@ -231,7 +258,18 @@ def ragged(
     )
     return {
         "requests": count, "slots": slots, "new_tokens": list(lengths), "useful_tokens": sum(spread),
-        "steps": {"static": sum(max(spread[batch]) for batch in batches), "continuous_at_least": -(-sum(spread) // slots)},
+        "passes": {
+            "static": sum(max(spread[batch]) for batch in batches), "continuous": continuous_passes(spread, slots),
+            "of_full_slots": -(-sum(spread) // slots),
+        },
         "seconds": {name: min(t["wall_s"]) for name, t in times.items()},
         **ratio(times, "static", "continuous"), **ratio(times, "static_leaving", "continuous"),
     }  # fmt: skip
+
+
+def continuous_passes(lengths: list[int], slots: int) -> int:
+    """Passes until the last of the requests is done that start in order as slots fall free."""
+    ends = [0] * slots
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends)
