@@ -15,6 +15,8 @@ __all__ = ["longest_document", "merge_attention", "softmax_attention_backward", 
 HALF = (torch.float16, torch.bfloat16)
 SCORES_AT_ONCE = 2**27
 """Scores that the plain path holds at a time (0.5 GiB in float32)."""
+CUDNN_TOKENS = 1024
+"""Queries and keys of the shortest block that goes to cuDNN."""
 
 
 def softmax_attention_forward(
@@ -37,8 +39,8 @@ def softmax_attention_forward(
     cu_seqlens_q, cu_seqlens_k: int32 [S+1], both or neither: documents of a pack with B = 1; each that has queries has keys.
         Rows from cu_seqlens[-1] on are padding: not read, zero output, lse -inf. Read on the host, except where the varlen flash
         kernel runs and max_seqlen_q and max_seqlen_k (the longest document's) are given.
-    CPU: PyTorch's flash kernel. CUDA: flash, varlen for packs, for half precision with D a multiple of 8 up to 256; else
-    plain matrix products in slabs of queries.
+    CPU: PyTorch's flash kernel. CUDA: for half precision with D a multiple of 8 up to 256 flash, varlen for packs, and
+    cuDNN's kernel for long blocks on Hopper and newer; else plain matrix products in slabs of queries.
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _dense_forward(q, k, v, scale, causal)
@@ -127,6 +129,8 @@ def _block_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
         )
         return o.transpose(1, 2), lse
+    if _cudnn_takes(q, k, v, causal):
+        return _cudnn_forward(q, k, v, scale, causal)
     if _flash_on_cuda(q):
         return _flash_cuda_forward(q, k, v, scale, causal, None)
     return _plain_forward(q, k, v, scale, causal)
@@ -139,6 +143,8 @@ def _block_backward(do, q, k, v, o, lse, scale: float, causal: bool) -> tuple[Te
             *heads_first, lse, 0.0, causal, scale=scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    if _cudnn_takes(q, k, v, causal):
+        return _cudnn_backward(do, q, k, v, o, lse, scale, causal)
     if _flash_on_cuda(q):
         return _flash_cuda_backward(do, q, k, v, o, lse, scale, causal, None)
     return _plain_backward(do, q, k, v, o, lse, scale, causal)
@@ -161,6 +167,35 @@ def _flash_cuda_backward(do, q, k, v, o, lse, scale: float, causal: bool, pack: 
     return torch.ops.aten._flash_attention_backward(
         do.contiguous(), q, k, v, o.contiguous(), lse.contiguous(), *pack, 0.0, causal, *no_dropout, scale=scale
     )
+
+
+def _cudnn_takes(q, k, v, causal: bool) -> bool:
+    """Whether cuDNN takes this block and is worth it: it plans every new shape on the host, and leads on Hopper alone."""
+    long = min(q.shape[1], k.shape[1]) >= CUDNN_TOKENS
+    if not (_flash_on_cuda(q) and long and torch.cuda.get_device_capability(q.device) >= (9, 0)):
+        return False
+    heads_first = (x.detach().transpose(1, 2) for x in (q, k, v))
+    block = torch.backends.cuda.SDPAParams(*heads_first, None, 0.0, causal, q.shape[2] != k.shape[2])
+    return torch.backends.cuda.can_use_cudnn_attention(block)
+
+
+def _cudnn_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *heads_first, None, True, 0.0, causal, False, scale=scale
+    )
+    return o.transpose(1, 2), lse.view(_lse_shape(q))
+
+
+def _cudnn_backward(do, q, k, v, o, lse, scale: float, causal: bool):
+    heads_first = (x.transpose(1, 2) for x in (do.contiguous(), q, k, v, o.contiguous()))
+    no_dropout = (torch.empty((), dtype=torch.int64, device=q.device),) * 2
+    no_bias = no_pack = None
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *heads_first, lse.contiguous().unsqueeze(-1), *no_dropout, no_bias, no_pack, no_pack, q.shape[1], k.shape[1],
+        0.0, causal, scale=scale,
+    )  # fmt: skip
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _plain_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]:

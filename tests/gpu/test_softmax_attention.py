@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from m1_kernels import merge_attention, softmax_attention, softmax_attention_backward, softmax_attention_forward
+from m1_kernels import (
+    merge_attention,
+    softmax_attention,
+    softmax_attention_backward,
+    softmax_attention_forward,
+    softmax_blocks,
+)
 
 pytestmark = pytest.mark.gpu
 
 SCALE = 0.125
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """||a - b|| / ||b||."""
 
@@ -85,22 +92,27 @@ def test_pack_in_half_precision_does_not_wait_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("times", [1, 8])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype: torch.dtype) -> None:
-    """A causal block, a full one over a part of the queries, and a pack with other lengths of queries and keys."""
-    q, k, v, do = make(192, 448, 128, dtype)
-    edges_q, edges_k = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 92, 192], [0, 30, 128]))
-    pack = {"cu_seqlens_q": edges_q, "cu_seqlens_k": edges_k, "max_seqlen_q": 100, "max_seqlen_k": 98}
-    visible = torch.zeros(192, 448, dtype=torch.bool, device="cuda")
-    visible[:, :192] = torch.ones(192, 192, dtype=torch.bool, device="cuda").tril()
-    visible[64:, 192:320] = True
-    visible[:92, 320:350] = True
-    visible[92:, 350:] = True
+def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype: torch.dtype, times: int) -> None:
+    """A causal block, a full one over a part of the queries, and a pack with other lengths; long enough for cuDNN, or not."""
+    n = [times * x for x in range(449)]
+    q, k, v, do = make(n[192], n[448], 128, dtype)
+    ends = [0, n[92], n[192]], [0, n[30], n[128]]
+    edges_q, edges_k = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ends)
+    pack = {"cu_seqlens_q": edges_q, "cu_seqlens_k": edges_k, "max_seqlen_q": n[100], "max_seqlen_k": n[98]}
+    visible = torch.zeros(n[192], n[448], dtype=torch.bool, device="cuda")
+    visible[:, : n[192]] = torch.ones(n[192], n[192], dtype=torch.bool, device="cuda").tril()
+    visible[n[64] :, n[192] : n[320]] = True
+    visible[: n[92], n[320] : n[350]] = True
+    visible[n[92] :, n[350] :] = True
     blocks = [
-        (slice(0, 192), slice(0, 192), {"causal": True}),
-        (slice(64, 192), slice(192, 320), {"causal": False}),
-        (slice(0, 192), slice(320, 448), {"causal": False, **pack}),
+        (slice(0, n[192]), slice(0, n[192]), {"causal": True}),
+        (slice(n[64], n[192]), slice(n[192], n[320]), {"causal": False}),
+        (slice(0, n[192]), slice(n[320], n[448]), {"causal": False, **pack}),
     ]
+    dense = softmax_blocks._cudnn_takes(q[:, : n[128]], k[:, : n[128]], v[:, : n[128]], False)
+    assert dense == (times == 8 and dtype in (torch.bfloat16, torch.float16) and HOPPER)
     o = lse = None
     for rows, keys, options in blocks:
         part = softmax_attention_forward(q[:, rows], k[:, keys], v[:, keys], scale=SCALE, **options)
