@@ -43,10 +43,10 @@ def cases(world: int, rank: int) -> dict[str, Case]:
 
 
 def inputs(case: Case, heads: int) -> list[Tensor]:
-    """q, k, v and the gradient of the output, of the whole sequence."""
+    """q, k, v and the gradient of the output, of the whole sequence; numbers that bf16 holds."""
     generator = torch.Generator().manual_seed(11)
     shape = (case.rows, TOKENS, heads, DIM)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4)]
+    return [torch.randn(shape, generator=generator).bfloat16().double() for _ in range(4)]
 
 
 def of_one_rank(case: Case, rates: Tensor) -> list[Tensor]:
@@ -81,6 +81,21 @@ def differences(rank: int, world: int) -> dict[tuple[str, str], float]:
             found, _ = over_ranks(case, rates, dist.group.WORLD, method=method)
             worst[name, method] = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
     return worst
+
+
+def in_bf16(rank: int, world: int) -> dict[tuple[str, str], tuple[float, bool]]:
+    """By case and method: largest ||a-b||/||b|| of o and every gradient from one rank in fp64, and whether it sends what fp32 does."""
+    rates = slopes(4, 0, 2)
+    found = {}
+    for name in ("dense", "every kind of border"):
+        case = cases(world, rank)[name]
+        expected = [case.layout.partition(x, 1) for x in of_one_rank(case, rates)]
+        for method in ("ring", "all_gather"):
+            ours, traffic = over_ranks(case, rates, dist.group.WORLD, method=method, dtype=torch.bfloat16)
+            _, of_fp32 = over_ranks(case, rates, dist.group.WORLD, method=method, dtype=torch.float32)
+            errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, expected, strict=True)]
+            found[name, method] = max(errors), traffic == of_fp32
+    return found
 
 
 # fp32, chunks of 6 or 12 tokens: heads that fade within a piece, within a chunk, within two, never; not in the order of their slopes.

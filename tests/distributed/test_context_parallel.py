@@ -23,6 +23,7 @@ from tests.distributed import checkpoint_runs
 from tests.distributed.lightning_cases import (
     differences,
     exchanged_states,
+    in_bf16,
     limited_and_unlimited,
 )
 
@@ -47,6 +48,13 @@ TESTED = (
 def test_lightning_attention_equals_one_rank_in_fp64(world, ranks):
     for found in ranks(world, differences):
         assert max(found.values()) < 1e-12, found
+
+
+def test_lightning_attention_in_bf16_sends_fp32_states(ranks):
+    for found in ranks(2, in_bf16):
+        for error, as_fp32 in found.values():
+            # One rounding is 1.7e-3; parts of two pieces are rounded one by one.
+            assert error < 5e-3 and as_fp32, found
 
 
 @pytest.mark.parametrize("world", [2, 4])
