@@ -1,4 +1,4 @@
-"""What `--help` says of every key: the docstrings of the schema."""
+"""What `--help` says of every key: the docstrings of the schema. Which key does what an option of Megatron-LM does."""
 
 import ast
 import inspect
@@ -8,7 +8,58 @@ from jsonargparse import ArgumentParser
 
 from megatron_m1.config import schema
 
-__all__ = ["describe_keys", "key_texts"]
+__all__ = ["MEGATRON_OPTIONS", "describe_keys", "key_texts"]
+
+MEGATRON_OPTIONS = {
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_eps": "optimizer.eps",
+    "bf16": "training.precision",
+    "context_parallel_size": "parallel.context",
+    "data_path": "data.train",
+    "eval_interval": "evaluation.every_steps",
+    "eval_iters": "evaluation.batches",
+    "exit_duration_in_mins": "training.exit_after_s",
+    "expert_model_parallel_size": "parallel.expert",
+    "expert_tensor_parallel_size": "parallel.expert_tensor",
+    "ffn_hidden_size": "model.intermediate_size",
+    "finetune": "checkpoint.weights_only",
+    "global_batch_size": "training.global_batch",
+    "init_method_std": "model.init_std",
+    "kv_channels": "model.head_dim",
+    "log_interval": "logging.every_steps",
+    "lr_decay_iters": "schedule.decay_steps",
+    "lr_decay_style": "schedule.kind",
+    "lr_warmup_iters": "schedule.warmup_steps",
+    "micro_batch_size": "training.micro_batch",
+    "mock_data": "data.mock",
+    "moe_aux_loss_coeff": "moe.aux_loss_coefficient",
+    "moe_expert_capacity_factor": "moe.capacity_factor",
+    "moe_ffn_hidden_size": "model.intermediate_size",
+    "moe_router_topk": "model.num_experts_per_tok",
+    "moe_token_dispatcher_type": "moe.dispatcher",
+    "moe_z_loss_coeff": "moe.z_loss_coefficient",
+    "norm_epsilon": "model.rms_norm_eps",
+    "num_experts": "model.num_local_experts",
+    "num_layers": "model.num_hidden_layers",
+    "num_query_groups": "model.num_key_value_heads",
+    "num_virtual_stages_per_pipeline_rank": "parallel.virtual_pipeline",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "rampup_batch_size": "training.batch_ramp",
+    "recompute_granularity": "training.recompute",
+    "recompute_num_layers": "training.recompute_layers",
+    "rotary_base": "model.rope_theta",
+    "save_interval": "checkpoint.every_steps",
+    "sequence_parallel": "parallel.sequence",
+    "tensor_model_parallel_size": "parallel.tensor",
+    "tensorboard_dir": "logging.dir",
+    "tokenizer_model": "data.tokenizer",
+    "train_data_path": "data.train",
+    "train_iters": "training.steps",
+    "use_distributed_optimizer": "parallel.distributed_optimizer",
+    "valid_data_path": "data.valid",
+}
+"""Options of Megatron-LM's pretrain_gpt.py (underscores for hyphens) that have another name here."""
 
 
 def describe_keys(parser: ArgumentParser) -> None:

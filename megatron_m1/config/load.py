@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from megatron_m1.config.errors import ConfigError
-from megatron_m1.config.help import describe_keys
+from megatron_m1.config.help import MEGATRON_OPTIONS, describe_keys
 from megatron_m1.config.schema import Config
 
 __all__ = ["from_yaml", "known_keys", "load_config", "to_yaml"]
@@ -131,6 +131,10 @@ def _check_file(path: str) -> None:
     for key in _walk_mapping(content, ""):
         if key not in keys:
             raise ConfigError(_unknown(key, key, where=path))
+    for section, value in content.items():
+        if not isinstance(value, dict):
+            shown = "null" if value is None else value
+            raise ConfigError(f"{section}={shown} ({path}) must be a mapping of keys; correct or remove it.")
 
 
 def _walk_mapping(content: dict, prefix: str) -> Iterator[str]:
@@ -144,7 +148,10 @@ def _unknown(shown: str, name: str, *, where: str) -> str:
     keys = list(known_keys())
     leaf = name.rsplit(".", 1)[-1].replace("-", "_")
     same_leaf = [key for key in keys if key.rsplit(".", 1)[-1] == leaf]
-    near = same_leaf or difflib.get_close_matches(name.replace("-", "_"), keys, n=1, cutoff=0.0)
+    if leaf in MEGATRON_OPTIONS:
+        near = [MEGATRON_OPTIONS[leaf]]
+    else:
+        near = same_leaf or difflib.get_close_matches(name.replace("-", "_"), keys, n=1, cutoff=0.0)
     return f"{shown} ({where}) is not a known key; did you mean {' or '.join(near)}? --help lists all keys."
 
 
@@ -152,6 +159,8 @@ def _readable(message: str) -> str:
     """jsonargparse's message as `path=value must be TYPE.` where it names a key and a value."""
     key = re.search(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if message.lower().startswith("unrecognized arguments"):
+        return f"{' '.join(message.split())}; keys are given as --section.key VALUE, files as --config FILE."
     if key is None or value is None or key[1] not in known_keys():
         return " ".join(message.split())
     return f"{key[1]}={value[1].strip()} must be {_type_name(known_keys()[key[1]])}."

@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard and the console, on rank 0."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -59,10 +60,20 @@ class MetricsLog:
             ) from error
 
     def event(self, values: dict[str, Any]) -> None:
-        """Record something that is not a step, in metrics.jsonl only."""
-        if self.file is not None:
+        """Record something that is not a step, in metrics.jsonl only. Raises ConfigError if that fails."""
+        if self.file is None:
+            return
+        try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
+        except OSError as error:
+            file, self.file = self.file, None
+            with contextlib.suppress(OSError):
+                file.close()
+            raise ConfigError(
+                f"logging.dir: {file.name} cannot be written: {error.strerror}; make room, or name another folder, and continue from "
+                "the last checkpoint."
+            ) from None
 
     def step(self, values: dict[str, Any], *, show: bool) -> None:
         """Record one step; values["step"] is its number, from 1."""

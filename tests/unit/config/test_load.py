@@ -3,7 +3,7 @@ import os
 import pytest
 
 from megatron_m1.config import Config, ConfigError, from_yaml, load_config, to_yaml
-from megatron_m1.config.help import key_texts
+from megatron_m1.config.help import MEGATRON_OPTIONS, key_texts
 from megatron_m1.config.load import known_keys
 from megatron_m1.config.schema import BatchStage
 
@@ -69,6 +69,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
             "--parallel.tensr (command line) is not a known key; did you mean parallel.tensor?",
         ),
         (["--lr", "2"], "--lr (command line) is not a known key; did you mean optimizer.lr?"),
+        (["--tensor-model-parallel-size", "2"], "is not a known key; did you mean parallel.tensor?"),
+        (["--train-iters", "2"], "is not a known key; did you mean training.steps?"),
         (["--optimizer.bet", "2"], "--optimizer.bet (command line) is not a known key"),  # no abbreviation
         (["--training.precision", "fp16"], "training.precision=fp16 must be one of fp32, bf16."),
         (["--training.steps", "1.5"], "training.steps=1.5 must be int."),
@@ -77,7 +79,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         (["--training.batch_ramp", '[{"from": 3}]'], "Option 'from' is not accepted"),
         (["--config", "nowhere.yaml"], "--config=nowhere.yaml cannot be read: No such file or directory"),
         (["--config"], "--config needs the path"),
-        (["stray"], "stray"),
+        (
+            ["training.steps=3"],
+            "arguments: training.steps=3; keys are given as --section.key VALUE, files as --config FILE",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(argv, message):
@@ -93,13 +98,21 @@ def test_bad_input_is_one_clear_error(argv, message):
         ("model: {hiden_size: 3}", "did you mean model.hidden_size?"),
         ("training: {steps: many}", "training.steps=many must be int."),
         ("- a", "must be a mapping"),
+        ("training: 5", "training=5 (FILE) must be a mapping of keys"),
+        ("data:\nmodel: {}", "data=null (FILE) must be a mapping of keys"),
         ("a: [1", "is not YAML"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         from_yaml(write(tmp_path / "bad.yaml", text))
-    assert message in str(caught.value)
+    assert message in str(caught.value).replace(str(tmp_path / "bad.yaml"), "FILE")
+
+
+def test_what_is_offered_for_options_of_megatron_exists():
+    keys = known_keys()
+    assert set(MEGATRON_OPTIONS.values()) <= set(keys)
+    assert not {key.rsplit(".", 1)[-1] for key in keys} & set(MEGATRON_OPTIONS)
 
 
 def test_help_says_what_the_schema_says_of_every_key(capsys, monkeypatch):

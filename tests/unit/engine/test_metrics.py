@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 
 import pytest
 import torch.utils.tensorboard  # noqa: F401  (loads tensorboard, which the next import needs)
@@ -95,3 +96,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"logging.dir=.*/file/log cannot be written: Not a directory; name a folder"):
         MetricsLog(config(tmp_path / "file/log"), rank=0)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    message = r"logging.dir: .*/metrics.jsonl cannot be written: No space left on device"
+    with pytest.raises(ConfigError, match=message), MetricsLog(config(tmp_path), rank=0) as log:
+        log.step(STEP, show=False)
