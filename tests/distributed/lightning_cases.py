@@ -14,7 +14,7 @@ from megatron_m1.parallel.state_chain import state_chains
 from megatron_m1.parallel.traffic import Traffic
 
 TOKENS, DIM = 48, 4
-# Borders of chunks lie at multiples of 48 / 2W: 12 for two ranks, 6 for four.
+# Borders of chunks lie at multiples of 48 / 2W: 12 for two ranks, 8 for three, 6 for four.
 CU_SEQLENS = {
     "one document": [0, 48],
     "every kind of border": [0, 3, 4, 4, 11, 12, 30, 31, 36, 43],
@@ -23,7 +23,6 @@ CU_SEQLENS = {
     "many documents": [*range(11), *range(14, 34), *range(38, 49)],
     "crosses one border at most": [0, 8, 10, 16, 20, 28, 32, 40, 48],
 }
-PER_DOCUMENT = [0, 8, 8, 32, 48]
 
 
 @dataclass
@@ -37,8 +36,8 @@ def cases(world: int, rank: int) -> dict[str, Case]:
     found = {"dense": Case(SequenceLayout.dense(world=world, rank=rank, rows=3, tokens=TOKENS), None, rows=3)}
     for name, edges in CU_SEQLENS.items():
         found[name] = Case(SequenceLayout.pack(world=world, rank=rank, cu_seqlens=edges, tokens=TOKENS), edges)
-    layout = SequenceLayout.per_document(world=world, rank=rank, cu_seqlens=PER_DOCUMENT)
-    found["per document"] = Case(layout, PER_DOCUMENT)
+    edges = [0, 2 * world, 2 * world, 24 + 2 * world, 48]
+    found["per document"] = Case(SequenceLayout.per_document(world=world, rank=rank, cu_seqlens=edges), edges)
     return found
 
 

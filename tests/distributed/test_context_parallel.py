@@ -44,7 +44,7 @@ TESTED = (
 )
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_lightning_attention_equals_one_rank_in_fp64(world, ranks):
     for found in ranks(world, differences):
         assert max(found.values()) < 1e-12, found

@@ -79,7 +79,7 @@ def _errors(rank: int, world: int) -> dict[tuple, float]:
     return errors
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_shards_equal_one_rank(world: int, ranks) -> None:
     for errors in ranks(world, _errors):
         for case, value in errors.items():
