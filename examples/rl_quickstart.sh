@@ -1,22 +1,30 @@
 #!/usr/bin/env bash
 # A small MiniMax-M1 that reinforcement learning teaches to sort digits, from a bare machine with Python 3.12:
 #   bash examples/rl_quickstart.sh
-# A supervised start on demonstrations, half of them wrong, then CISPO on exact rewards, on 2 CPU processes, or on up to 2
+# A supervised start on demonstrations, half of them wrong, then CISPO on verified rewards, on 2 CPU processes, or on up to 2
 # GPUs where there are any. Everything lands in runs/rl_quickstart; a rerun starts over. Environment (for short trials):
-#   RL_QUICKSTART_OUT         output folder (runs/rl_quickstart)
+#   RL_QUICKSTART_TASK        sort, or reasoning_gym: puzzles about families, verified by that package
+#   RL_QUICKSTART_OUT         output folder (runs/rl_quickstart; runs/rl_reasoning_gym)
 #   RL_QUICKSTART_RANKS       processes
 #   RL_QUICKSTART_START       steps of the supervised start (300)
-#   RL_QUICKSTART_STEPS       generation batches of CISPO (60)
+#   RL_QUICKSTART_STEPS       generation batches of CISPO (60; 40)
 # Arguments go to the rl command, e.g. --rl.algorithm grpo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh
 
-OUT="${RL_QUICKSTART_OUT:-runs/rl_quickstart}"
+case "${RL_QUICKSTART_TASK:-sort}" in
+    sort) CONFIG=examples/configs/rl_tiny_cpu.yaml OUT=runs/rl_quickstart VOCABULARY=257 STEPS=60 ;;
+    reasoning_gym) CONFIG=examples/configs/rl_reasoning_gym_cpu.yaml OUT=runs/rl_reasoning_gym VOCABULARY=640 STEPS=40 ;;
+    *)
+        echo "error: RL_QUICKSTART_TASK=$RL_QUICKSTART_TASK must be sort or reasoning_gym." >&2
+        exit 2
+        ;;
+esac
+OUT="${RL_QUICKSTART_OUT:-$OUT}"
 START="${RL_QUICKSTART_START:-300}"
-STEPS="${RL_QUICKSTART_STEPS:-60}"
-CONFIG=examples/configs/rl_tiny_cpu.yaml
+STEPS="${RL_QUICKSTART_STEPS:-$STEPS}"
 read -r GPUS CORES < <("$PYTHON" -c 'import os, torch; print(torch.cuda.device_count(), os.cpu_count())')
 RANKS="${RL_QUICKSTART_RANKS:-$((GPUS == 1 || CORES == 1 ? 1 : 2))}"
 # More threads than cores would wait for each other.
@@ -42,7 +50,7 @@ rm -rf "${OUT:?}"/{start,checkpoints,log,journal}
 
 stage "demonstrations: half of them wrong, no held-out prompt among them"
 "$PYTHON" tools/rl_demonstrations.py --config "$CONFIG" --output "$OUT/demonstrations.jsonl" --right-share 0.5
-"$PYTHON" tools/train_tokenizer.py --input "$OUT/demonstrations.jsonl" --vocab-size 257 --output "$OUT/tokenizer" --overwrite
+"$PYTHON" tools/train_tokenizer.py --input "$OUT/demonstrations.jsonl" --vocab-size "$VOCABULARY" --output "$OUT/tokenizer" --overwrite
 "$PYTHON" tools/preprocess_data.py --input "$OUT/demonstrations.jsonl" --tokenizer "$OUT/tokenizer" \
     --output-prefix "$OUT/data" --workers 2 --append-eod --overwrite
 

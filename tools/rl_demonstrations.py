@@ -1,10 +1,10 @@
-"""Write demonstrations of the made-up tasks of an RL configuration, many of them wrong: a policy that starts from them knows how an
-answer looks and gives right ones sometimes.
+"""Write demonstrations of the tasks of an RL configuration, many of them wrong: a policy that starts from them knows how an answer
+looks and gives right ones sometimes.
 
 python tools/rl_demonstrations.py --config examples/configs/rl_tiny_cpu.yaml --output demonstrations.jsonl --count 20000 --right-share 0.35
 
-Each line is {"text": prompt + answer}. A wrong answer has the right one's characters in another order. Held-out prompts are not
-among them.
+Each line is {"text": prompt + answer}. A wrong answer has the right one's characters in another order; to a puzzle of reasoning-gym it is
+that of another puzzle. Held-out prompts are not among them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_m1.config.errors import ConfigError
 from megatron_m1.config.load import from_yaml
-from megatron_m1.rl.tasks import TaskMix
+from megatron_m1.rl.tasks import Task, TaskMix
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         config = from_yaml(options.config)
-        if any(source.kind not in ("sort", "addition") for source in config.rl.tasks):
-            raise ConfigError("rl.tasks: only sort and addition have answers to demonstrate; take out the others.")
+        if any(source.kind == "file" for source in config.rl.tasks):
+            raise ConfigError("rl.tasks: those of a file have no answers to demonstrate; take them out.")
         tasks, rng = TaskMix(config.rl, seed=options.seed), random.Random(options.seed)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -38,11 +38,23 @@ def main(argv: list[str] | None = None) -> int:
     with options.output.open("w", encoding="utf-8") as file:
         for number in range(options.count):
             task = tasks.task(number)
-            answer = task.task["answer"]
-            if rng.random() >= options.right_share:
-                answer = "".join(rng.sample(answer, len(answer)))
+            answer = answer_to(task) if rng.random() < options.right_share else wrong_answer(task, tasks, rng)
             file.write(json.dumps({"text": task.prompt + answer}) + "\n")
     return 0
+
+
+def answer_to(task: Task) -> str:
+    """What the task's reward takes for right."""
+    if task.reward == "logic":
+        return f"<answer>{task.task['entry']['answer']}</answer>"
+    return task.task["answer"]
+
+
+def wrong_answer(task: Task, tasks: TaskMix, rng: random.Random) -> str:
+    """An answer of the right form, which may by chance be right."""
+    if task.reward == "logic":
+        return answer_to(tasks.task(rng.randrange(2**31)))
+    return "".join(rng.sample(task.task["answer"], len(task.task["answer"])))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "BatchStage",
@@ -258,6 +258,8 @@ class TaskSource:
     """`sort`: digits to sort. `addition`: digits of each number."""
     dataset: str | None = None
     """`reasoning_gym`: name of the data set."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """`reasoning_gym`: the data set's own settings of difficulty, such as {max_terms: 3}."""
     path: str | None = None
     """`file`: the training file."""
     held_out_path: str | None = None

@@ -29,7 +29,8 @@ class IdentityStats:
     def of(cls, rollout_logp: Tensor, training_logp: Tensor, mask: Tensor) -> "IdentityStats":
         """From log-probabilities in nats of the sampled tokens; three tensors of one shape, mask bool (True: counted).
 
-        Raises ValueError if the dtypes differ (bit equality would be meaningless) or a counted value is not finite.
+        Raises ValueError if the dtypes differ (bit equality would be meaningless), FloatingPointError if a counted value is not
+        finite.
         """
         if rollout_logp.dtype != training_logp.dtype:
             raise ValueError(
@@ -39,7 +40,9 @@ class IdentityStats:
         if rollout.numel() == 0:
             return cls()
         if not bool((torch.isfinite(rollout) & torch.isfinite(training)).all()):
-            raise ValueError("A log-probability is not finite.")
+            raise FloatingPointError(
+                "a log-probability of a sampled token is not finite; lower optimizer.lr or resume from an earlier checkpoint"
+            )
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rollout.element_size()]
         differ = (rollout.contiguous().view(bits) != training.contiguous().view(bits)).sum()
         difference = training.double() - rollout.double()

@@ -1,6 +1,8 @@
 """The RL loop: rollouts, rewards, group advantages, old log-probabilities, off-policy updates."""
 
+import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ from megatron_m1.config.load import load_config
 from megatron_m1.config.schema import Config, RLConfig
 from megatron_m1.config.validate import validate_rl
 from megatron_m1.rl.losses import PRESETS, LossSettings
+from megatron_m1.rl.samples import Facts
 
 __all__ = ["loss_settings", "main", "train"]
 
-PAGE_PROMPTS = 16
-"""Prompts on the page of a step."""
+PAGE_PROMPTS, PAGE_TOKENS = 16, 100_000
+"""Prompts on the page of a step, and tokens of all their responses (some 130 bytes each), but for the first prompt's."""
 
 
 def main(argv: list[str]) -> None:
@@ -100,10 +103,11 @@ def train(config: Config) -> None:
                 metrics |= policy.figures(results)
             if rl.pages and config.logging.dir is not None:
                 _page(config, step, batch, policy, rollouts)
-            metrics |= phases.report()
             last, reason = step + 1 == training.steps, stop.reason()
             if rl.held_out_prompts and (last or _every(rl.held_out_every_steps, step + 1)):
-                metrics |= rollouts.held_out().figures()
+                with phases.measure("evaluation"):
+                    metrics |= rollouts.held_out().figures()
+            metrics |= phases.report()
             log.step(metrics, show=False)
             if last or _every(config.logging.every_steps, step + 1):
                 log.say(_line(metrics, training.steps))
@@ -134,7 +138,7 @@ def _page(config: Config, step: int, batch: Any, policy: Any, rollouts: Any) -> 
     from megatron_m1.rl.exchange import gathered
     from megatron_m1.rl.page import write_page
 
-    shown = {sample.number for sample in batch.facts if sample.group < batch.facts[0].group + PAGE_PROMPTS}
+    shown = _shown(batch.facts)
     shares = gathered([sample for sample in batch.samples if rollouts.judges and sample.number in shown])
     capped = policy.capped(shown) if policy is not None else {}
     with together():
@@ -147,6 +151,19 @@ def _page(config: Config, step: int, batch: Any, policy: Any, rollouts: Any) -> 
                 tokenizer=rollouts.tokenizer,
                 prompts=batch.groups,
             )
+
+
+def _shown(facts: Sequence[Facts]) -> set[int]:
+    """Numbers of the samples on the page: those of the first prompts, as many as fit."""
+    shown: set[int] = set()
+    tokens, groups = 0, itertools.groupby(facts, lambda sample: sample.group)
+    for _, samples in itertools.islice(groups, PAGE_PROMPTS):
+        members = list(samples)
+        tokens += sum(sample.length for sample in members)
+        if shown and tokens > PAGE_TOKENS:
+            break
+        shown |= {sample.number for sample in members}
+    return shown
 
 
 def _warnings(config: Config, settings: LossSettings) -> list[str]:
@@ -163,7 +180,7 @@ def _warnings(config: Config, settings: LossSettings) -> list[str]:
 def _line(metrics: dict[str, Any], steps: int) -> str:
     parts = [f"step {metrics['step']}/{steps}  reward {metrics['reward']:.4f}"]
     if "held_out" in metrics:
-        parts.append(f"held-out {metrics['held_out']['value']:.4f}")
+        parts.append("held-out {value:.4f} [{low:.4f}, {high:.4f}]".format(**metrics["held_out"]))
     parts.append(f"tokens {metrics['response_tokens_mean']:.1f}  discarded {metrics['discard_rate']:.0%}")
     if "grad_norm" in metrics:
         parts.append(
@@ -171,7 +188,11 @@ def _line(metrics: dict[str, Any], steps: int) -> str:
         )
     else:
         parts.append("no prompt with rewards that differ: no update")
-    parts.append("  ".join(f"{name[8:]} {metrics[name]:.1f} s" for name in metrics if name.startswith("seconds_")))
+    parts.append(
+        "  ".join(
+            f"{name[8:]} {metrics[name]:.1f} s" for name in metrics if name.startswith("seconds_") and metrics[name]
+        )
+    )
     parts.append(f"idle share {metrics['idle_share']:.0%}")
     return "  ".join(parts)
 

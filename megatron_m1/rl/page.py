@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +13,8 @@ from megatron_m1.rl.samples import Sample
 
 __all__ = ["write_page"]
 
+SHOWN_TOKENS = 2048
+"""Of a response, from its start and from its end each; what lies between is counted."""
 STYLE = """
 body { font-family: sans-serif; margin: 2em; max-width: 75em } pre { white-space: pre-wrap; background: #f4f4f4; padding: .5em }
 .sample { border-top: 1px solid #ccc; padding: .4em 0 } .facts { color: #555; font-size: 85% }
@@ -29,7 +32,8 @@ def write_page(
     prompts: int,
 ) -> None:
     """Put a page at `path` (its folder is made): prompts, responses, rewards with their parts, and every token on a background that
-    is the darker the less probable it was, outlined in red where its importance weight hit the cap in an update.
+    is the darker the less probable it was, outlined in red where its importance weight hit the cap in an update; of long responses
+    both ends.
 
     samples: those to show.  prompts: how many were sampled in all; the journal has them.
     capped: number of the sample -> bool [response tokens]; samples that were not trained on are not in it.
@@ -45,7 +49,8 @@ def write_page(
         body += [_sample(sample, capped.get(sample.number), tokenizer) for sample in members]
     page = f'<!doctype html><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>{"".join(body)}'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    # A lone surrogate, which JSON can carry into a prompt, has no UTF-8.
+    path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def _sample(sample: Sample, capped: Tensor | None, tokenizer: Tokenizer) -> str:
@@ -56,10 +61,17 @@ def _sample(sample: Sample, capped: Tensor | None, tokenizer: Tokenizer) -> str:
         facts.append("not trained on")
     marks = [False] * len(sample.response) if capped is None else capped.tolist()
     probabilities = np.exp(sample.logprobs).tolist()
-    tokens = "".join(
+    tokens = [
         f'<span class="token{" capped" if mark else ""}" title="p {p:.4f}" style="background: rgba(240,150,0,{1 - min(p, 1):.2f})">'
         f"{escape(tokenizer.decode([token], skip_special=False))}</span>"
-        for token, p, mark in zip(sample.response, probabilities, marks, strict=True)
-    )
+        for token, p, mark in _ends(list(zip(sample.response, probabilities, marks, strict=True)))
+    ]
+    if len(sample.response) > len(tokens):
+        tokens.insert(SHOWN_TOKENS, f"<p>({len(sample.response) - len(tokens)} tokens are not shown)</p>")
     right = " right" if sample.reward is not None and sample.reward >= 1 else ""
-    return f'<div class="sample"><div class="facts{right}">{escape("; ".join(facts))}</div>{tokens}</div>'
+    return f'<div class="sample"><div class="facts{right}">{escape("; ".join(facts))}</div>{"".join(tokens)}</div>'
+
+
+def _ends(tokens: list[Any]) -> list[Any]:
+    """The first and the last SHOWN_TOKENS."""
+    return tokens if len(tokens) <= 2 * SHOWN_TOKENS else [*tokens[:SHOWN_TOKENS], *tokens[-SHOWN_TOKENS:]]

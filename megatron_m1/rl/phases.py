@@ -11,7 +11,7 @@ from megatron_m1 import platform
 
 __all__ = ["Phases"]
 
-NAMES = ("rollout", "reward", "scoring", "update")
+NAMES = ("rollout", "reward", "scoring", "update", "evaluation")
 
 
 class Phases:

@@ -103,10 +103,11 @@ class _MadeUp:
         self.make, self.size = MADE_UP[source.kind], source.size
 
     def draw(self, rng: random.Random, *, held_out: bool) -> Task:
-        while True:
-            prompt, answer = self.make(rng, self.size)
-            if (zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0) == held_out:
-                return Task(prompt, "exact", {"answer": answer})
+        return _apart(lambda: self._task(rng), held_out=held_out)
+
+    def _task(self, rng: random.Random) -> Task:
+        prompt, answer = self.make(rng, self.size)
+        return Task(prompt, "exact", {"answer": answer})
 
 
 class _ReasoningGym:
@@ -116,18 +117,18 @@ class _ReasoningGym:
         from megatron_m1.rl.rewards.logic import logic_tasks
 
         assert source.dataset is not None
-        self.make, self.dataset = logic_tasks, source.dataset
+        self.make, self.dataset, self.options = logic_tasks, source.dataset, source.options
         try:
-            self.make(self.dataset, size=1, seed=0)
-        except ValueError as error:
-            raise ConfigError(f"rl.tasks: {error}") from None
+            self.make(self.dataset, size=1, seed=0, options=self.options)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ConfigError(f"rl.tasks: {self.dataset} with options={self.options}: {error}") from None
 
     def draw(self, rng: random.Random, *, held_out: bool) -> Task:
-        while True:
-            (entry,) = self.make(self.dataset, size=1, seed=rng.randrange(2**31))
-            if (zlib.crc32(entry["question"].encode()) % HELD_OUT_SHARE == 0) == held_out:
-                ask = "\nGive the answer as <answer>...</answer>.\n"
-                return Task(entry["question"] + ask, "logic", {"entry": entry})
+        return _apart(lambda: self._task(rng), held_out=held_out)
+
+    def _task(self, rng: random.Random) -> Task:
+        (entry,) = self.make(self.dataset, size=1, seed=rng.randrange(2**31), options=self.options)
+        return Task(f"{entry['question']}\nGive the answer as <answer>...</answer>.\n", "logic", {"entry": entry})
 
 
 class _File:
@@ -144,6 +145,18 @@ class _File:
 
     def draw(self, rng: random.Random, *, held_out: bool) -> Task:
         return rng.choice(self.held_out if held_out else self.train)
+
+
+def _apart(draw: Callable[[], Task], *, held_out: bool) -> Task:
+    """The first draw whose prompt is held out, or is not."""
+    for _ in range(100 * HELD_OUT_SHARE):
+        task = draw()
+        if (zlib.crc32(task.prompt.encode()) % HELD_OUT_SHARE == 0) == held_out:
+            return task
+    kind = "held out" if held_out else "to train on"
+    raise ConfigError(
+        f"rl.tasks: a source has no prompt {kind}, such as {task.prompt[:60]!r}; let it make more kinds of prompts."
+    )
 
 
 def _read(path: str | None) -> list[Task]:

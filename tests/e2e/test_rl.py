@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from megatron_m1.rl.packing import pack_samples
 from megatron_m1.rl.samples import Sample
 from megatron_m1.rl.schedule import PassRates
 from megatron_m1.rl.tasks import TaskMix, prompt_id
+from megatron_m1.rl.update import PolicyBatch, UpdateResult
 from tests.e2e.pretrain_jobs import ROOT, environment
 from tests.unit.rl.loop_cases import tiny_config
 
@@ -227,6 +230,53 @@ def test_a_run_that_is_ended_goes_on_with_the_same_bits(folder, whole, ranks):
     config = from_yaml(folder / "rl.yaml")
     (a,), (b,) = (ranks(1, weights, config, folder / run / "save" / f"step_{STEPS:08d}") for run in ("whole", "ended"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def dies_between_updates(rank: int, world: int, argv: list[str]) -> None:
+    """As if killed after the first update of the batch: nothing is saved from then on."""
+    first = PolicyBatch.update
+
+    def update(self: PolicyBatch, number: int, *, lr: float) -> UpdateResult:
+        if number == 1:
+            raise KeyboardInterrupt
+        return first(self, number, lr=lr)
+
+    with mock.patch.object(PolicyBatch, "update", update), pytest.raises(KeyboardInterrupt):
+        main(argv)
+    destroy_groups()
+
+
+def test_a_run_that_dies_between_two_updates_goes_on_with_the_same_bits(folder, whole, ranks):
+    run = folder / "died"
+    shutil.copytree(folder / "whole", run)
+    (run / "save/latest").write_text("step_00000002\n")
+    shutil.rmtree(run / "save/step_00000003")
+    (run / "journal/step_00000003.replica_00000.jsonl").unlink()
+    (run / "log/metrics.jsonl").unlink()
+    ranks(1, dies_between_updates, options(folder, "died", resume=True, **SCHEDULED), timeout_s=120)
+    assert metrics(folder, "died") == {} and not (run / "save/step_00000003").exists()
+    ranks(1, rl_rank, options(folder, "died", resume=True, **SCHEDULED), timeout_s=120)
+    assert metrics(folder, "died") == {3: whole[3]}
+    last = [json.loads(line) for line in (run / "log/metrics.jsonl").read_text().splitlines()][-1]
+    assert last["from_journal"] == whole[3]["sampled"]
+
+
+def test_batches_in_which_nothing_differs_update_nothing(folder, ranks):
+    """Answers nobody gives: all prompts are sampled again as often as allowed, logged and left out."""
+    for name in ("train", "held_out"):
+        lines = [{"prompt": f"{name} {n}", "reward": "exact", "task": {"answer": "none"}} for n in range(8)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = {"kind": "file", "path": f"{folder}/train.jsonl", "held_out_path": f"{folder}/held_out.jsonl"}
+    run = options(folder, "equal", rl__tasks=[source], training__steps=2, rl__refills=1, rl__held_out_prompts=4)
+    ranks(1, rl_rank, run, timeout_s=120)
+    for step in metrics(folder, "equal").values():
+        assert step["sampled"] == 2 * SAMPLES and step["discard_rate"] == 1.0 and step["kept"] == 0 == step["reward"]
+        assert "loss" not in step and "grad_norm" not in step
+    assert (folder / "equal/log/rollouts/step_00000002.html").read_text().count("not trained on") > 0
+    config = from_yaml(folder / "rl.yaml")
+    paths = (folder / "start/step_00000000", folder / "equal/save/step_00000002")
+    (a,), (b,) = (ranks(1, weights, config, path) for path in paths)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 ONE_STEP = {

@@ -1,7 +1,8 @@
 """The system calls a sandboxed program is refused, as a classic BPF program for bwrap's --seccomp.
 
 Namespaces, capabilities and mounts are bwrap's; the filter takes away what unprivileged programs may still ask of the kernel:
-new user namespaces (the usual way to its less tested parts), mounts, tracing, keyrings, bpf, io_uring, modules.
+new user namespaces (the usual way to its less tested parts), mounts, tracing, keyrings, bpf, io_uring, modules, and sockets of
+families that network namespaces do not hold (a virtual machine's vsock reaches its host) or that few programs need.
 """
 
 import errno
@@ -45,6 +46,8 @@ REFUSED = {
     "syslog": (103, 116),
     "reboot": (169, 142),
 }
+SOCKET = (41, 198)
+FAMILIES = {"unix": 1, "inet": 2, "inet6": 10, "netlink": 16}
 # linux/sched.h: NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
 NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000
 LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_BITS, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -69,6 +72,9 @@ def filter_program(machine: str | None = None) -> bytes:
     ]
     for numbers in REFUSED.values():
         program += [(JUMP_EQUAL, 0, 1, numbers[column]), refuse]
+    program += [(JUMP_EQUAL, 0, 3 + len(FAMILIES), SOCKET[column]), (LOAD, 0, 0, ARGUMENT_0_AT)]
+    program += [(JUMP_EQUAL, len(FAMILIES) - place, 0, family) for place, family in enumerate(FAMILIES.values())]
+    program += [refuse, (RETURN, 0, 0, ALLOW)]
     program += [
         # clone3 passes its flags by pointer, out of a filter's sight: callers fall back to clone on ENOSYS.
         (JUMP_EQUAL, 0, 1, clone3),

@@ -100,6 +100,9 @@ attempt("address", lambda: socket.create_connection(("1.1.1.1", 53), timeout=1))
 attempt("name", lambda: socket.getaddrinfo("example.com", 80))
 attempt("interfaces", lambda: [name for _, name in socket.if_nameindex() if name != "lo"])
 attempt("raw", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+for family in set(range(64)) - {1, 2, 10, 16}:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+        attempt("family %d" % family, lambda: socket.socket(family, kind))
 print("done")
 """,
         clean,

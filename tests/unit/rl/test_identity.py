@@ -62,5 +62,5 @@ def test_no_tokens_and_bad_input():
     assert all(math.isnan(value) for value in IdentityStats.of(rollout, training, mask & False).report().values())
     with pytest.raises(ValueError, match="dtype"):
         IdentityStats.of(rollout.double(), training, mask)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(FloatingPointError, match="finite"):
         IdentityStats.of(rollout * float("inf"), training, mask)

@@ -11,7 +11,8 @@ import torch
 from megatron_m1.config import ConfigError, to_yaml
 from megatron_m1.config.schema import Config, CurriculumPoint, RLConfig, TaskSource, WindowStage
 from megatron_m1.config.validate import validate_rl
-from megatron_m1.rl.loop import loss_settings, main
+from megatron_m1.rl import page as page_module
+from megatron_m1.rl.loop import _shown, loss_settings, main
 from megatron_m1.rl.page import write_page
 from megatron_m1.rl.progress import Progress
 from megatron_m1.rl.rewards.exact import ExactReward
@@ -36,6 +37,13 @@ def test_made_up_tasks_are_right_repeatable_and_held_out_ones_apart(kind):
         else:
             a, b = re.fullmatch(r"(\d{3})\+(\d{3})=", task.prompt).groups()
             assert int(task.task["answer"][::-1]) == int(a) + int(b) and len(task.task["answer"]) == 4
+
+
+def test_a_source_without_held_out_prompts_says_so():
+    tasks = TaskMix(RLConfig(tasks=[TaskSource("sort", size=1)]), seed=5)
+    assert tasks.task(0).task["answer"].isdigit()
+    with pytest.raises(ConfigError, match="has no prompt held out, such as 'sort"):
+        tasks.task(0, held_out=True)
 
 
 def test_sources_are_mixed_by_weight(tmp_path):
@@ -188,7 +196,10 @@ class Letters:
 
 
 def test_the_page_shows_tokens_and_marks_the_capped_ones(tmp_path):
+    """What a policy, a task or a verifier says is text, whatever it looks like."""
     samples = fixed_samples()
+    hostile = "<script>alert(1)</script>"
+    samples[0] = replace(samples[0], task=Task(f"{hostile}\ud800", "exact"), parts={hostile: 1.0})
     samples[1] = replace(samples[1], reward=None, reward_error="<boom>")
     marks = torch.zeros(len(samples[0].response), dtype=torch.bool)
     marks[0] = True
@@ -197,4 +208,20 @@ def test_the_page_shows_tokens_and_marks_the_capped_ones(tmp_path):
     page = path.read_text()
     assert page.count('class="sample"') == 8 and page.count("token capped") == 1 and page.count("not trained on") == 7
     assert page.count('<span class="token') == sum(len(sample.response) for sample in samples[:8])
-    assert "&lt;boom&gt;" in page and "<boom>" not in page and "a&lt;b" in page and "2 of 4 prompts" in page
+    assert "&lt;boom&gt;" in page and "a&lt;b" in page and "2 of 4 prompts" in page
+    assert page.count("&lt;script&gt;") == 2 and "&#55296;" in page
+    tags = set(re.findall(r"<(/?\w+)", page.replace("<!doctype", "")))
+    assert tags == {"meta", *(end + tag for end in ("", "/") for tag in "title style h1 p h2 pre div span".split())}
+    assert set(re.findall(r'\)">(.*?)</span>', page)) == {"&lt;", "&amp;", "&gt;"}
+
+
+def test_pages_of_long_responses_stay_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "SHOWN_TOKENS", 2)
+    sample = max(fixed_samples(), key=lambda sample: len(sample.response))
+    write_page(tmp_path / "page.html", title="", samples=[sample], capped={}, tokenizer=Letters(), prompts=1)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<span class="token') == 4 and f"({len(sample.response) - 4} tokens are not shown)" in page
+    facts = [Facts(i, i // 2, 3, 30_000, -1.0, "eos", 1.0) for i in range(8)]
+    assert _shown(facts) == {0, 1} and _shown([replace(f, length=20_000) for f in facts]) == {0, 1, 2, 3}
+    assert _shown([replace(f, length=90_000) for f in facts]) == {0, 1}
+    assert len(_shown([Facts(i, i // 2, 3, 1, -1.0, "eos", 1.0) for i in range(80)])) == 32

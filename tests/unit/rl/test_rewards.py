@@ -2,14 +2,20 @@
 
 import json
 import random
+import zlib
+from dataclasses import replace
 
 import pytest
 
+from megatron_m1.config import Config, ConfigError, to_yaml
+from megatron_m1.config.schema import RLConfig, TaskSource
 from megatron_m1.rl.rewards.extract import after_thinking, last_boxed, last_tagged
 from megatron_m1.rl.rewards.format import FormatReward
 from megatron_m1.rl.rewards.logic import ALLOWED, LogicReward, logic_tasks
 from megatron_m1.rl.rewards.math import MathReward
 from megatron_m1.rl.rewards.protocol import RewardRequest
+from megatron_m1.rl.tasks import TaskMix
+from tools import rl_demonstrations
 
 
 def request(response: str, **task) -> RewardRequest:
@@ -157,3 +163,33 @@ def test_logic_answers_must_be_tagged_after_the_thinking_part():
     entry["metadata"]["source_dataset"] = "coin_flip"
     with pytest.raises(ValueError, match="allow-list"):
         LogicReward()(request(right, entry=entry))
+
+
+FAMILY = TaskSource(
+    "reasoning_gym", dataset="family_relationships", options={"min_family_size": 3, "max_family_size": 3}
+)
+
+
+def test_puzzles_of_a_chosen_difficulty_held_out_ones_apart():
+    tasks = TaskMix(RLConfig(tasks=[FAMILY]), seed=1)
+    train, held_out = ([tasks.task(number, held_out=h) for number in range(40)] for h in (False, True))
+    assert {task.task["entry"]["metadata"]["family_size"] for task in train + held_out} == {3}
+    for task, apart in [(task, False) for task in train] + [(task, True) for task in held_out]:
+        assert (zlib.crc32(task.prompt.encode()) % 10 == 0) == apart
+    for change in ({"options": {"size_of_family": 3}}, {"options": {"min_family_size": 9}}, {"dataset": "coin_flip"}):
+        with pytest.raises(ConfigError, match=r"rl.tasks: \w+ with options="):
+            TaskMix(RLConfig(tasks=[replace(FAMILY, **change)]), seed=1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_demonstrations_of_puzzles_are_right_as_often_as_asked(tmp_path, share):
+    to_yaml(Config(rl=RLConfig(tasks=[FAMILY])), tmp_path / "rl.yaml")
+    wanted = {"--config": tmp_path / "rl.yaml", "--output": tmp_path / "d.jsonl", "--count": 40, "--right-share": share}
+    assert rl_demonstrations.main([str(part) for pair in wanted.items() for part in pair]) == 0
+    tasks, values = TaskMix(RLConfig(tasks=[FAMILY]), seed=0), []
+    for number, line in enumerate((tmp_path / "d.jsonl").read_text().splitlines()):
+        task = tasks.task(number)
+        prompt, response = json.loads(line)["text"].split("</answer>.\n")
+        assert task.prompt == f"{prompt}</answer>.\n"
+        values.append(LogicReward()(RewardRequest("logic", task.prompt, response, task.task)).value)
+    assert len(values) == 40 and (min(values) == 1.0 if share else sum(values) < 20)
