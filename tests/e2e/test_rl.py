@@ -111,14 +111,14 @@ def test_held_out_reward_rises_on_two_data_parallel_ranks(folder, ranks):
         2,
         rl_rank,
         options(
-            folder, "dp2", training__steps=6, checkpoint__every_steps=0, optimizer__lr=1e-3, schedule__kind="constant"
+            folder, "dp2", training__steps=10, checkpoint__every_steps=0, optimizer__lr=1e-3, schedule__kind="constant"
         ),
         timeout_s=120,
     )
     lines = [json.loads(line) for line in (folder / "dp2/log/metrics.jsonl").read_text().splitlines()]
     before = next(line["held_out"] for line in lines if line.get("after_step") == 0)
     steps = metrics(folder, "dp2")
-    assert 0.1 < before["value"] < 0.6 and steps[6]["held_out"]["low"] > before["high"], (before, steps[6])
+    assert 0.1 < before["value"] < 0.6 and steps[10]["held_out"]["low"] > before["high"], (before, steps[10])
     for step in steps.values():
         assert step["updates"] == 4 and step["first_is_weight"] == pytest.approx(1.0, abs=1e-12)
         assert step["first_off_policy_share"] == 0.0 < step["off_policy_share"]
@@ -126,7 +126,7 @@ def test_held_out_reward_rises_on_two_data_parallel_ranks(folder, ranks):
         assert 0 <= step["discard_rate"] < 1 and step["kept"] == SAMPLES and math.isfinite(step["grad_norm"])
     records = [r for path in (folder / "dp2/journal").glob("step_00000001.*") for r in read_journal(path)]
     assert len({r["number"] for r in records}) == len(records) == steps[1]["sampled"]
-    assert (folder / "dp2/log/rollouts/step_00000006.html").read_text().count('class="sample"') >= SAMPLES
+    assert (folder / "dp2/log/rollouts/step_00000010.html").read_text().count('class="sample"') >= SAMPLES
     assert len(list((folder / "dp2/journal").glob("step_00000001.replica_*"))) == 2
 
 
@@ -137,7 +137,8 @@ SCHEDULED = {
     "rl__updates_per_batch": 2,
     "rl__refills": 1,
     # Two batches of any lengths and perplexity move the window on: the third has the second one.
-    "rl__windows": [{"max_new_tokens": 3, "is_weight_cap": 2.0, "clip_grad": 0.5}, {"max_new_tokens": 4}],
+    "rl__max_new_tokens": 3,
+    "rl__windows": [{"max_new_tokens": 2, "is_weight_cap": 2.0, "clip_grad": 0.5}, {"max_new_tokens": 3}],
     "rl__window_patience": 2,
     "rl__window_tolerance": 1e3,
     "rl__window_near_share": 1e-9,
@@ -157,11 +158,11 @@ def whole(folder, rank_pool) -> dict[int, dict]:
 
 
 def test_window_curriculum_and_filter_act_in_the_loop(folder, whole):
-    assert [whole[step]["window"] for step in (1, 2, 3)] == [3, 3, 4] and whole[2]["next_window"] == 4
+    assert [whole[step]["window"] for step in (1, 2, 3)] == [2, 2, 3] and whole[2]["next_window"] == 3
     samples = {
         step: list(read_journal(folder / f"whole/journal/step_{step:08d}.replica_00000.jsonl")) for step in (1, 2, 3)
     }
-    assert {step: max(len(r["response"]) for r in samples[step]) for step in (1, 2, 3)} == {1: 3, 2: 3, 3: 4}
+    assert {step: max(len(r["response"]) for r in samples[step]) for step in (1, 2, 3)} == {1: 2, 2: 2, 3: 3}
     rl = from_yaml(folder / "whole/log/config.yaml").rl
     tasks, rates, replaced = TaskMix(rl, seed=3), PassRates(easy_above=0.3, hard_below=0.05, min_attempts=8), 0
     for step, records in samples.items():
