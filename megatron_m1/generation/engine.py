@@ -22,7 +22,13 @@ from megatron_m1.generation.lock_step import LockStep
 from megatron_m1.generation.products import invariant_rows
 from megatron_m1.generation.requests import Request, Result, Running
 from megatron_m1.generation.routing import RoutingRecord
-from megatron_m1.generation.schedule import PromptGroup, group_requests, results_of_all, share_of_replica
+from megatron_m1.generation.schedule import (
+    PromptGroup,
+    group_requests,
+    prompt_parts,
+    results_of_all,
+    share_of_replica,
+)
 from megatron_m1.generation.stages import Stages, inference
 from megatron_m1.model.experts import exact_experts
 from megatron_m1.model.m1 import M1Model
@@ -211,7 +217,7 @@ class _Batch:
     def _prefill(self) -> None:
         """One pass over the next tokens of the prompts being prefilled; after the last one their requests start."""
         unfinished = [group for group in self.prefilling if group.prefilled < len(group.prompt)]
-        parts = _parts(unfinished, self.prefill_tokens, alike=self.invariant)
+        parts = prompt_parts(unfinished, self.prefill_tokens, alike=self.invariant)
         first = len(self.active) + len(self.prefilling) - len(unfinished)
         position_ids = self.cache.start_prefill(
             first, [count for _, count in parts], pad_to=self.prefill_pad, predicting_pad_to=self.row_multiple
@@ -329,28 +335,6 @@ def _decode_mode(decode: str, groups: ProcessGroupCollection, dtype: torch.dtype
 @functools.cache
 def _log_once(text: str) -> None:
     logger.warning(text)
-
-
-def _parts(groups: list[PromptGroup], tokens: int, *, alike: bool) -> list[tuple[PromptGroup, int]]:
-    """(group, tokens of its prompt) of the next pass over at most `tokens`, in order.
-
-    alike: where a prompt is cut does not depend on the others, and prompts of which a part has gone through the model go alone.
-    """
-    parts: list[tuple[PromptGroup, int]] = []
-    left = tokens
-    for group in groups:
-        count = len(group.prompt) - group.prefilled
-        if count > left:
-            if alike and parts:
-                break
-            count = left // BLOCK_TOKENS * BLOCK_TOKENS
-        if count == 0 or (alike and parts and group.prefilled):
-            break
-        parts.append((group, count))
-        left -= count
-        if alike and group.prefilled:
-            break
-    return parts
 
 
 def _row_multiple(m1: ModelConfig, groups: ProcessGroupCollection) -> int:

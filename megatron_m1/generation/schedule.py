@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_m1.generation.blocks import BLOCK_TOKENS
 from megatron_m1.generation.cache import Prefix
 from megatron_m1.generation.requests import Request, Result, Running
 
-__all__ = ["PromptGroup", "group_requests", "results_of_all", "share_of_replica"]
+__all__ = ["PromptGroup", "group_requests", "prompt_parts", "results_of_all", "share_of_replica"]
 
 
 @dataclass
@@ -42,6 +43,28 @@ def group_requests(requests: list[tuple[int, Request]]) -> list[PromptGroup]:
         group = groups.setdefault(request.prompt, PromptGroup(request.prompt, deque()))
         group.waiting.append(Running(index, request))
     return list(groups.values())
+
+
+def prompt_parts(groups: list[PromptGroup], tokens: int, *, alike: bool) -> list[tuple[PromptGroup, int]]:
+    """(group, tokens of its prompt) of the next pass over at most `tokens`, in order.
+
+    alike: where a prompt is cut does not depend on the others, and prompts of which a part has gone through the model go alone.
+    """
+    parts: list[tuple[PromptGroup, int]] = []
+    left = tokens
+    for group in groups:
+        count = len(group.prompt) - group.prefilled
+        if count > left:
+            if alike and parts:
+                break
+            count = left // BLOCK_TOKENS * BLOCK_TOKENS
+        if count == 0 or (alike and parts and group.prefilled):
+            break
+        parts.append((group, count))
+        left -= count
+        if alike and group.prefilled:
+            break
+    return parts
 
 
 def share_of_replica(requests: list[Request], replica: int, replicas: int) -> list[tuple[int, Request]]:

@@ -172,7 +172,7 @@ class _FinalStates(torch.autograd.Function):
 class _AddEntered(torch.autograd.Function):
     """out, to which e^{-s (i+1)} q_i S is added (in place) at token i of each piece that starts from a state S.
 
-    out: as many numbers as q, not a view: autograd would copy the gradient of one twice.
+    out: as many numbers as q; better not a view, of which autograd would copy the gradient twice.
     """
 
     @staticmethod

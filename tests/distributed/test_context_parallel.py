@@ -111,10 +111,10 @@ def scores(rank: int, world: int, config) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["sequence", "document"])
-def test_scores_equal_one_rank(layout, ranks):
-    whole = ranks(1, scores, equality_config({}, {}))[0]
-    for found in ranks(2, scores, equality_config({"context": 2, "context_layout": layout}, {})):
+@pytest.mark.parametrize(("layout", "dense"), [("sequence", False), ("document", False), ("sequence", True)])
+def test_scores_equal_one_rank(layout, dense, ranks):
+    whole = ranks(1, scores, equality_config({}, {"dense": dense}))[0]
+    for found in ranks(2, scores, equality_config({"context": 2, "context_layout": layout}, {"dense": dense})):
         for a, b in zip(found, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=BOUND, atol=BOUND)
 

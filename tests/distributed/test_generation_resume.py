@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from megatron_m1.generation.engine import Engine
 from megatron_m1.generation.reference import ReferenceEngine
 from megatron_m1.generation.requests import Request, Result, Sampling
+from megatron_m1.generation.schedule import PromptGroup, prompt_parts
 from megatron_m1.model.build import build_model
 from megatron_m1.parallel import init_groups
 from megatron_m1.rl.journal import Journal, read_journal
@@ -46,12 +48,13 @@ def interrupted(
     rank: int, world: int, parallel: dict[str, int], vocabulary: int, invariant: bool
 ) -> tuple[list[Bits], list[Bits]]:
     """Of the requests of a seeded draw: their results among all others, and on their own with fewer slots."""
-    config = config_of(parallel, replace(MODEL, vocab_size=vocabulary))
+    # Rotary tables so wide that passes are padded to 8 rows, not to more.
+    config = config_of(parallel, replace(MODEL, vocab_size=vocabulary, rotary_dim=8))
     groups = init_groups(config.parallel, seed=1)
     models = build_model(config, groups)
     requests = ragged_requests(vocabulary)
     options = {"prefill_tokens": 64, "record_routing": True, "batch_invariant": invariant}
-    whole = Engine(models, groups, slots=11, **options).generate(requests)
+    whole = Engine(models, groups, slots=20, **options).generate(requests)
     left = sorted(random.Random(5).sample(range(len(requests)), 8))
     again = Engine(models, groups, slots=3, **options).generate([requests[index] for index in left])
     return [bits(whole[index]) for index in left], [bits(result) for result in again]
@@ -71,6 +74,23 @@ def test_what_it_takes(ranks):
     """Without batch_invariant some bits differ: the test above can fail."""
     [(whole, again)] = ranks(1, interrupted, {}, 64, False)
     assert [tokens for tokens, *_ in whole] == [tokens for tokens, *_ in again] and whole != again
+
+
+def test_where_a_prompt_is_cut_does_not_depend_on_the_others():
+    """(tokens of a prompt in a pass of 128) by pass, for prompts of 100, 300, 20 and 30 tokens; as many as fit otherwise."""
+
+    def cuts(*, alike: bool) -> list[list[int]]:
+        groups = [PromptGroup(tuple(range(length)), deque()) for length in (100, 300, 20, 30)]
+        passes = []
+        while left := [group for group in groups if group.prefilled < len(group.prompt)]:
+            parts = prompt_parts(left, 128, alike=alike)
+            for group, count in parts:
+                group.prefilled += count
+            passes.append([count for _, count in parts])
+        return passes
+
+    assert cuts(alike=True) == [[100], [128], [128], [44], [20, 30]]
+    assert cuts(alike=False) == [[100], [128], [128], [44, 20, 30]]
 
 
 class Passes:
