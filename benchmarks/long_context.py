@@ -10,10 +10,10 @@ slice          all heads and channels, the whole sequence on this GPU
 tensor_share   what one of 8 tensor-parallel ranks holds of it: 8 heads, an eighth of the tokens between the projections
 context_share  all heads, one context-parallel rank's two zig-zag chunks of 1,048,576 tokens, over 8, 16 and 32 ranks; the states and
                keys and values of the neighbours are supplied
-Measured: seconds with the device idle before and after (median of 3 after a first, which compiles; `rounds` 1: the
-first alone, where that is estimated to take above 4 s), bytes kept for the
-backward pass, and peak bytes over what is there before. Modelled: communication, from counted bytes and link speeds. Out of memory
-ends a series of growing sequences; a point expected above --point-limit-s is left out, and says so. Written after every point.
+Measured: seconds with the device idle before and after (median of 3 after a first, which compiles; `rounds` 1: the first alone, where
+that is estimated to take above 4 s; `first_call`, entered by hand: it compiled too), bytes kept for the backward pass, and peak bytes
+over what is there before. Modelled: communication, from counted bytes and link speeds. Out of memory ends a series of growing
+sequences; a point expected above --point-limit-s is left out, and says so. Written after every point.
 Exit code 1 if a point failed otherwise or its gradients are not finite.
 """
 
@@ -105,6 +105,11 @@ def is_done(row: dict[str, Any]) -> bool:
     """Whether a point was measured, or failed, and was repeated if it should be."""
     once = row.get("rounds") == 1 and sum(row["estimated_s"].values()) <= LONG_S
     return "skipped" not in row and not once
+
+
+def is_warm(row: dict[str, Any]) -> bool:
+    """Whether a point was measured by calls that did not compile."""
+    return "forward_s" in row and not row.get("first_call", False)
 
 
 def unexpected(row: dict[str, Any]) -> bool:

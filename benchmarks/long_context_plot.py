@@ -4,7 +4,7 @@
 
 Eight layers of each: the hybrid's seven lightning layers and one softmax layer, or eight softmax layers, are sums of the two layers
 measured one by one, which are drawn too; one layer's working memory is added once. "Recomputed": attention core and experts.
-Calls that were not repeated, and so compiled, are left out.
+Calls that compiled are left out (of those above 4 s there is one, see benchmarks.long_context).
 """
 
 import argparse
@@ -18,6 +18,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator
+
+from benchmarks.long_context import is_warm
 
 __all__ = ["blocks"]
 
@@ -56,7 +58,7 @@ def blocks(rows: list[dict[str, Any]], part: str, stack: str, recompute: str) ->
     measured = {
         (row["point"]["kind"], row["point"]["tokens"]): row
         for row in rows
-        if row["point"]["part"] == part and row["point"]["recompute"] == recompute and row.get("rounds", 0) > 1
+        if row["point"]["part"] == part and row["point"]["recompute"] == recompute and is_warm(row)
     }
     found = []
     for tokens in sorted({tokens for _, tokens in measured}):

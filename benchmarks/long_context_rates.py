@@ -6,8 +6,9 @@
 
 Fitted: a factor on all terms of a lightning layer and one on those of a softmax layer without its kernel, and that kernel's rates
 forward and backward, by least squares of relative errors over the single layers that take the device at least twice as long as the
-quickest, which the host limits. Then, from whole ranks: the host's time for a layer from the stages without head, where it exceeds
-their work, and the rate of the fp32 head from the last stages. All other rates stay as they are.
+quickest, which the host limits. From softmax layers of context-parallel ranks: what the ring costs over one kernel. Then, from whole
+ranks: the host's time for a layer from the stages without head, where it exceeds their work, and the rate of the fp32 head from last
+stages that do not wait for the host. All other rates stay as they are.
 """
 
 import argparse
@@ -23,14 +24,14 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.long_context import STAGES, Point, layer_config
+from benchmarks.long_context import STAGES, Point, is_warm, layer_config
 from megatron_m1.config import Config, from_yaml
 from megatron_m1.config.schema import ModelConfig
 from megatron_m1.engine.cluster import DEVICES, Cluster
 from megatron_m1.engine.rates import Rates
 from megatron_m1.engine.step_time import COMPUTE, stage_seconds
 
-__all__ = ["fit_layers", "fit_ranks", "rank_errors"]
+__all__ = ["fit_context", "fit_layers", "fit_ranks", "rank_errors"]
 
 EXPERTS = 32
 HOST_BOUND = 1.25
@@ -47,18 +48,18 @@ def main(argv: list[str] | None = None) -> int:
     layers = next(result for result in results if "points" in result)
     ranks = [result for result in results if "ranks" in result]
     model = ModelConfig(**layers["model"])
-    rates = fit_ranks(ranks, fit_layers(layers["points"], model, DEVICES[device]), DEVICES[device])
+    rates = fit_layers(layers["points"], model, DEVICES[device])
+    rates = fit_context(layers["points"], model, replace(DEVICES[device], rates=rates))
+    rates = fit_ranks(ranks, rates, DEVICES[device])
     fitted = replace(DEVICES[device], rates=rates)
     errors = list(layer_errors(layers["points"], model, fitted))
     text = (
         f"fitted to {len(errors)} single layers alone on an {layers['hardware']['device']} "
         f"(median error {statistics.median(errors):.0%}, largest {max(errors):.0%})"
     )
-    for name, chosen in (("before", DEVICES[device]), ("after", fitted)):
-        whole = list(rank_errors(ranks, chosen))
-        if whole:
-            text += f"; {name} the fit, estimates of {len(whole)} whole ranks without communication are off by"
-            text += f" {min(whole):+.0%} to {max(whole):+.0%}"
+    whole = list(rank_errors(ranks, fitted))
+    if whole:
+        text += f"; estimates of {len(whole)} whole ranks without communication are off by {min(whole):+.0%} to {max(whole):+.0%}"
     text += "; communication, bubbles and overlap were not measured"
     found = asdict(replace(rates, calibration=text))
     print(json.dumps(found, indent=1))
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fit_layers(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) -> Rates:
-    """The default rates with those of the layers fitted. rows: points of benchmarks.long_context on `device`."""
+    """The device's rates with those of the layers fitted. rows: points of benchmarks.long_context on `device`."""
     lightning = []
     equations: list[tuple[list[float], float]] = []
     for point, row in _measured(rows):
@@ -91,11 +92,24 @@ def fit_layers(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) 
     )
     return replace(
         device.rates,
-        lightning_layer=statistics.median(lightning),
-        softmax_layer=factor,
+        lightning_layer=device.rates.lightning_layer * statistics.median(lightning),
+        softmax_layer=device.rates.softmax_layer * factor,
         softmax_tflops=device.rates.softmax_tflops / kernel_forward,
         softmax_backward_tflops=device.rates.softmax_backward_tflops / kernel_backward,
     )
+
+
+def fit_context(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) -> Rates:
+    """The device's rates with softmax_context, from softmax layers of context-parallel ranks, which take seconds and are not repeated."""
+    factors = []
+    for row in rows:
+        point = Point(**row["point"])
+        if point.context > 1 and point.kind == "softmax" and is_warm(row):
+            terms = _terms(point, model, device)
+            rest = sum(terms.values()) - terms["softmax"]
+            factors.append((row["forward_s"] + row["backward_s"] - rest) / terms["softmax"])
+    ring = device.rates.softmax_context * (statistics.median(factors) if factors else 1.0)
+    return replace(device.rates, softmax_context=ring)
 
 
 def fit_ranks(results: list[dict[str, Any]], rates: Rates, device: Cluster) -> Rates:
@@ -108,8 +122,10 @@ def fit_ranks(results: list[dict[str, Any]], rates: Rates, device: Cluster) -> R
             terms = _rank_terms(config, row, replace(device, rates=rates))
             seconds = row["measured"]["micro_batch_s"]
             if last:
-                found.append(rates.fp32_tflops * terms["head"] / (seconds - sum(terms.values()) + terms["head"]))
-            elif seconds > HOST_BOUND * sum(terms.values()):
+                # Behind layers that wait for the host, what the head adds is lost in the host's own spread.
+                if terms["launch"] == 0:
+                    found.append(rates.fp32_tflops * terms["head"] / (seconds - sum(terms.values()) + terms["head"]))
+            elif seconds > HOST_BOUND * (sum(terms.values()) - terms["launch"]):
                 found.append(seconds / len(row["layers"]))
         found = [value for value in found if value > 0]
         if found:

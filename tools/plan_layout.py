@@ -7,13 +7,14 @@ python tools/plan_layout.py --flops-curve                                       
 Layouts are written TP/PP/CP/EP/ETP/VPP. Further options are configuration keys (--training.grad_reduce_dtype bf16); --config
 gives the model and everything else that is not searched. CPU only. The rates behind the times stand in
 megatron_m1/engine/rates.py with their sources; --rates FILE.json replaces any of them. What their sums were compared with, and how
-far off they were, is the last line of the output.
-Exit code 1 if no layout fits, 2 for bad input.
+far off they were, is the last line of the output. In the table GiB is what a GPU needs with a fifth more for activations.
+Exit code 1 if no layout fits (it then says what would), 2 for bad input.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import sys
 
 from megatron_m1.config import Config, ConfigError, load_config
@@ -25,7 +26,7 @@ from megatron_m1.engine.rates import read_rates
 from megatron_m1.engine.step_time import stage_balance
 from megatron_m1.planning import Plan, Refusal, Search, plan_layout, search
 from megatron_m1.planning.generation_flops import flops_curve, r1_decode_flops, r1_multiplied_parameters
-from megatron_m1.planning.search import RESERVE_GIB, layout_name, needed_gib, recompute_variants
+from megatron_m1.planning.search import RESERVE_GIB, layout_name, needed_gib, recompute_variants, smallest_cluster
 
 GIB = 2**30
 CURVE_LENGTHS = [8192, 16384, 32768, 65536, 80000, 100_000, 131_072]
@@ -38,15 +39,19 @@ def main(argv: list[str]) -> int:
             print(curve_text(load_config(rest)))
             return 0
         cluster, config = read(options, rest)
+        limits = {"reserve_gib": options.reserve_gib, "document_tokens": options.document_tokens}
         if options.layout:
-            found = plan_layout(config, cluster, parse_layout(options.layout, config), reserve_gib=options.reserve_gib)
+            parallel = parse_layout(options.layout, config)
+            found = plan_layout(config, cluster, parallel, **limits)
             found_json = [refusal_json(found)] if isinstance(found, Refusal) else [plan_json(found, cluster)]
             text = found.reason if isinstance(found, Refusal) else detail(found, cluster)
             plans = 0 if isinstance(found, Refusal) else 1
         else:
-            result = search(config, cluster, reserve_gib=options.reserve_gib)
+            result = search(config, cluster, **limits)
             found_json = [plan_json(plan, cluster) for plan in result.plans[: options.top]]
             text, plans = table(result, config, cluster, options.top), len(result.plans)
+            if not plans:
+                text += "\n" + what_would_fit(result, config, cluster, options.reserve_gib)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -65,9 +70,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory-tb-per-s", type=float, help="bandwidth of the GPU's memory, data sheet")
     parser.add_argument("--nvlink-gb-per-s", type=float, help="per GPU and direction, within a node")
     parser.add_argument("--network-gb-per-s", type=float, help="per GPU and direction, between nodes")
-    parser.add_argument("--rates", type=read_rates, help="JSON file with fields of megatron_m1.engine.rates.Rates")
+    parser.add_argument("--rates", help="JSON file with fields of megatron_m1.engine.rates.Rates")
     parser.add_argument("--seq-length", type=int, help="training.seq_length")
     parser.add_argument("--global-batch-tokens", type=int, help="tokens of an optimizer step; default 134217728")
+    parser.add_argument(
+        "--document-tokens",
+        type=int,
+        help="length of the documents that sequences are packed of, not attended beyond; by default a sequence is one. With "
+        "--parallel.context_layout document their padding counts too",
+    )
     parser.add_argument("--reserve-gib", type=float, default=RESERVE_GIB, help="left free on each GPU")
     parser.add_argument("--layout", help="TP/PP/CP/EP/ETP/VPP, or `config` for the configuration's own: this one alone")
     parser.add_argument("--top", type=int, default=10, help="layouts to show")
@@ -81,8 +92,25 @@ def parser() -> argparse.ArgumentParser:
 def read(options: argparse.Namespace, rest: list[str]) -> tuple[Cluster, Config]:
     """The cluster and the configuration that the options describe. Raises ConfigError."""
     names = [field.name for field in dataclasses.fields(Cluster)]
-    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    given = {
+        name: getattr(options, name) for name in names if name != "rates" and getattr(options, name, None) is not None
+    }
+    if options.rates:
+        given["rates"] = read_rates(options.rates)
     cluster = dataclasses.replace(DEVICES[options.device], **given)
+    gpus, node = cluster.gpus, cluster.gpus_per_node
+    if gpus > node and gpus % node:
+        raise ConfigError(
+            f"--gpus={gpus} must be a multiple of --gpus-per-node={node}, or fewer; use {gpus // node * node} or "
+            f"{-(-gpus // node) * node}."
+        )
+    if options.top < 1 or (options.document_tokens is not None and options.document_tokens < 1):
+        name, value = ("top", options.top) if options.top < 1 else ("document-tokens", options.document_tokens)
+        raise ConfigError(f"--{name}={value} must be 1 or more.")
+    if not 0 <= options.reserve_gib < cluster.memory_gib:
+        raise ConfigError(
+            f"--reserve-gib={options.reserve_gib:g} must be from 0 to below the {cluster.memory_gib:g} GiB of a GPU."
+        )
     config = load_config(rest)
     length = options.seq_length or config.training.seq_length
     own = config.training.global_batch * config.training.seq_length
@@ -136,6 +164,29 @@ def table(result: Search, config: Config, cluster: Cluster, top: int) -> str:
         lines.append(f"{count:6d} {rule}, e.g. {layout_name(example.parallel)}: {example.reason}")
     lines.append(f"times are sums of terms, {cluster.rates.calibration}")
     return "\n".join(lines)
+
+
+def what_would_fit(result: Search, config: Config, cluster: Cluster, reserve_gib: float) -> str:
+    """The remedy where no layout fits: GPUs with so much memory, or so many of them."""
+    lines = []
+    too_large = [refusal for refusal in result.refusals if refusal.rule == "memory"]
+    if too_large:
+        least = min(too_large, key=lambda refusal: refusal.needed_gib)
+        enough = math.ceil(10 * (least.needed_gib + reserve_gib)) / 10
+        lines.append(
+            f"{layout_name(least.parallel)} needs least: {cluster.gpus} GPUs of {enough} GiB would do, reserve included"
+        )
+    larger = smallest_cluster(config, cluster, reserve_gib=reserve_gib)
+    if larger is not None:
+        gpus, plan = larger
+        lines.append(
+            f"{gpus} such GPUs would do: {layout_name(plan.config.parallel)}, recompute {recompute(plan.config)}, "
+            f"{needed_gib(plan.config, dataclasses.replace(cluster, gpus=gpus)):.1f} GiB of {cluster.memory_gib:g}"
+        )
+    return (
+        "\n".join(lines)
+        or "no number of such GPUs up to 16 times as many would do; the reasons above say what to change"
+    )
 
 
 def detail(plan: Plan, cluster: Cluster) -> str:

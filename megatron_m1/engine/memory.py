@@ -5,14 +5,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_m1.config.layout import derived, head_chunk_tokens
-from megatron_m1.config.schema import Config, ModelConfig
+from megatron_m1.config.schema import Config
 from megatron_m1.engine.flops import layer_parameters
 
 __all__ = ["MemoryEstimate", "estimate_memory", "head_chunks", "rank_tokens", "stage_layers"]
 
 _FP32 = 4
-_CHUNK = 64
-"""Tokens of a chunk of lightning attention (kernels/chunked.py, which needs torch and so is not imported here)."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,15 @@ def estimate_memory(config: Config, world_size: int) -> list[MemoryEstimate]:
     """MemoryEstimate of a rank of every pipeline stage, first to last.
 
     Parameters, gradients and optimizer state are counted exactly; activations follow from the shapes that the layers
-    save (to about a fifth). Not counted: the allocator's fragmentation, NCCL's own buffers, the CUDA context
+    save, experts balanced. Not counted: the allocator's fragmentation, NCCL's own buffers, the CUDA context
     (together about 3 to 6 GiB on a GPU).
     """
-    return [_stage(config, world_size, stage) for stage in range(config.parallel.pipeline)]
+    activations, buffers = _Activations.of(config, world_size), _buffers(config, world_size)
+    types = config.model.layer_types()
+    return [
+        _stage(config, world_size, stage, Counter(types[i] for i in stage_layers(config, stage)), activations, buffers)
+        for stage in range(config.parallel.pipeline)
+    ]
 
 
 def stage_layers(config: Config, stage: int) -> list[int]:
@@ -72,11 +75,11 @@ def head_chunks(config: Config) -> int:
     return math.ceil(rank_tokens(config) / head_chunk_tokens(config))
 
 
-def _stage(config: Config, world_size: int, stage: int) -> MemoryEstimate:
+def _stage(
+    config: Config, world_size: int, stage: int, kinds: Counter[int], activations: "_Activations", buffers: float
+) -> MemoryEstimate:
     model, parallel = config.model, config.parallel
     sizes = derived(config, world_size)
-    types = model.layer_types()
-    kinds = Counter(types[layer] for layer in stage_layers(config, stage))
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
 
     dense = _Tally(config, sizes.data * parallel.context)
@@ -102,12 +105,14 @@ def _stage(config: Config, world_size: int, stage: int) -> MemoryEstimate:
         weights=weights,
         gradients=dense.gradients + experts.gradients,
         optimizer=dense.optimizer + experts.optimizer,
-        activations=_activations(config, world_size, stage, kinds),
+        activations=_in_flight(config, sizes.micro_batches, stage)
+        * sum(layers * activations.kept[kind] for kind, layers in kinds.items())
+        + activations.working,
         logits=_FP32 * head if is_last else 0.0,
         update=dense.gradient_copy
         + experts.gradient_copy
         + (weights if config.logging.layer_stats_every_steps > 0 else 0.0),
-        buffers=_buffers(config, world_size),
+        buffers=buffers,
     )
 
 
@@ -130,25 +135,33 @@ class _Tally:
             self.gradient_copy += parameters * _FP32 / self.shards
 
 
-def _activations(config: Config, world_size: int, stage: int, kinds: Counter[int]) -> float:
-    training = config.training
-    size = 2 if training.precision == "bf16" else _FP32
-    in_flight = _in_flight(config, world_size, stage)  # micro-batches, each with all chunks of this stage
-    working = max(_layer(config, world_size, kind, drop=()) + _states(config, kind) for kind in kinds)
-    if training.recompute == "full":
-        hidden_tokens = rank_tokens(config) / _sequence_shards(config, world_size)
-        group = min(training.recompute_layers, derived(config, world_size).layers_per_chunk)
-        kept = hidden_tokens * config.model.hidden_size * size * kinds.total() / group
-        return in_flight * kept + 2 * group * working  # the recomputed group and its gradients
-    drop = tuple(training.recompute_modules) if training.recompute == "selective" else ()
-    kept = sum(layers * _layer(config, world_size, kind, drop=drop) for kind, layers in kinds.items())
-    return in_flight * kept + working
+@dataclass(frozen=True)
+class _Activations:
+    kept: dict[int, float]
+    """Bytes that a layer of each kind keeps from its forward to its backward pass."""
+    working: float
+    """Bytes that the backward pass of one layer needs besides: what is recomputed, and gradients."""
+
+    @staticmethod
+    def of(config: Config, world_size: int) -> "_Activations":
+        training = config.training
+        size = 2 if training.precision == "bf16" else _FP32
+        layers = {kind: _layer(config, world_size, kind) for kind in set(config.model.layer_types())}
+        gradients = _expert_gradients(config, world_size)
+        if training.recompute == "full":
+            hidden = rank_tokens(config) / _sequence_shards(config, world_size) * config.model.hidden_size * size
+            group = min(training.recompute_layers, derived(config, world_size).layers_per_chunk)
+            again = group * max(sum(parts.values()) for parts in layers.values())
+            return _Activations(dict.fromkeys(layers, hidden / group), again + gradients)
+        drop = training.recompute_modules if training.recompute == "selective" else []
+        kept = {kind: sum(held for name, held in parts.items() if name not in drop) for kind, parts in layers.items()}
+        again = max((parts[name] for parts in layers.values() for name in drop), default=0.0)
+        return _Activations(kept, again + gradients)
 
 
-def _in_flight(config: Config, world_size: int, stage: int) -> float:
+def _in_flight(config: Config, micro_batches: int, stage: int) -> float:
     """Micro-batches whose activations a stage holds at once, 1F1B or interleaved (fractions: not all chunks)."""
     pipeline, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
-    micro_batches = derived(config, world_size).micro_batches
     if chunks == 1:
         return min(pipeline - stage, micro_batches)
     return min(2 * (pipeline - stage - 1) + (chunks - 1) * pipeline + 1, micro_batches * chunks) / chunks
@@ -158,42 +171,38 @@ def _sequence_shards(config: Config, world_size: int) -> int:
     return config.parallel.tensor if derived(config, world_size).sequence_parallel else 1
 
 
-def _layer(config: Config, world_size: int, kind: int, *, drop: tuple[str, ...]) -> float:
-    """Bytes one layer saves for its backward pass; `drop`: modules that are recomputed instead."""
+def _layer(config: Config, world_size: int, kind: int) -> dict[str, float]:
+    """Bytes one layer saves for its backward pass, by what can be recomputed: core_attn, moe, and the rest."""
     model, tensor = config.model, config.parallel.tensor
-    sizes = derived(config, world_size)
-    tokens = rank_tokens(config)
+    sizes, tokens = derived(config, world_size), rank_tokens(config)
     size = 2 if config.training.precision == "bf16" else _FP32
-    hidden_tokens = tokens / _sequence_shards(config, world_size)
-    residual = 4 * hidden_tokens * model.hidden_size * size  # h and its norm, twice
-    attention, core = _attention(model, kind, tokens, tensor, size)
-    if "core_attn" in drop:
-        core = 0.0
-    routed = tokens / tensor * model.num_experts_per_tok  # the experts work on sequence shards
-    width = model.intermediate_size / sizes.expert_tensor
-    # Under expert tensor parallelism every rank of the group holds the tokens of all of them.
-    moe = routed * sizes.expert_tensor * (2 * model.hidden_size + 4 * width) * size
-    if "moe" in drop:
-        moe = 0.0
-    shared = 3 * tokens * model.shared_intermediate_size / tensor * size
-    return residual + attention + core + moe + shared
-
-
-def _attention(model: ModelConfig, kind: int, tokens: float, tensor: int, size: int) -> tuple[float, float]:
-    """Bytes saved around the attention operator and by it."""
-    inner = model.num_attention_heads * model.head_dim / tensor
+    residual = 4 * tokens / _sequence_shards(config, world_size) * model.hidden_size * size  # h and its norm, twice
+    inner, keys = (heads * model.head_dim / tensor for heads in (model.num_attention_heads, model.num_key_value_heads))
     if kind == 1:
-        keys = model.num_key_value_heads * model.head_dim / tensor
-        return tokens * (2 * inner + 2 * keys) * size, tokens * (2 * inner + 2 * keys) * size
-    around = tokens * (3 * inner * size + 4 * inner * size)  # qkv before SiLU; normed output, gate and their product
-    return around, tokens * 4 * inner * size
+        around, core = 2 * inner + 2 * keys, inner + 2 * keys  # qkv, output; rotated q, k, and v
+    else:
+        # qkv before SiLU, output, gate, product of gate and normed output; SiLU(qkv) does not stay.
+        around, core = 6 * inner, 0.0
+    # Under expert tensor parallelism every rank of the group holds the tokens of all of them.
+    rows = sizes.expert_tensor * model.hidden_size + 3 * model.intermediate_size
+    moe = _routed(config) * rows * size + tokens / tensor * model.hidden_size * _FP32  # and the router's fp32 input
+    shared = 3 * tokens * model.shared_intermediate_size / tensor * size
+    return {"rest": residual + tokens * around * size + shared, "core_attn": tokens * core * size, "moe": moe}
 
 
-def _states(config: Config, kind: int) -> float:
-    """Bytes of the chunk states and their gradients, which the backward pass of a lightning layer (kind 0) recomputes."""
-    model, tokens = config.model, rank_tokens(config)
-    width = model.num_attention_heads / config.parallel.tensor * model.head_dim
-    return 2 * tokens / _CHUNK * width * model.head_dim * _FP32 if kind == 0 else 0.0
+def _expert_gradients(config: Config, world_size: int) -> float:
+    """Bytes that the backward pass of the experts adds to what they saved, where a layer's backward pass needs most."""
+    model, expert_tensor = config.model, derived(config, world_size).expert_tensor
+    size = 2 if config.training.precision == "bf16" else _FP32
+    gathered = expert_tensor * model.hidden_size
+    held = _routed(config) * (gathered + 2 * model.intermediate_size) * size
+    # Core scatters the sums of an expert-tensor group in the type of the router's probabilities, fp32.
+    return held + (_routed(config) * gathered * _FP32 if expert_tensor > 1 else 0.0)
+
+
+def _routed(config: Config) -> float:
+    """Copies of tokens that a rank sends to experts, which work on sequence shards."""
+    return rank_tokens(config) / config.parallel.tensor * config.model.num_experts_per_tok
 
 
 def _buffers(config: Config, world_size: int) -> float:

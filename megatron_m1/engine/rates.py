@@ -11,8 +11,9 @@ __all__ = ["Rates", "read_rates"]
 
 @dataclass(frozen=True)
 class Rates:
-    """Defaults: "measured" is on an H200, kernel by kernel. H100 and H800 have the same tensor cores; what is bound by memory scales
-    with its bandwidth. Launches, waiting and unbalanced experts are not counted."""
+    """Defaults, of an H200: "measured" kernel by kernel, "fitted" to whole layers and ranks alone on the GPU by
+    benchmarks/long_context_rates.py (benchmarks/results/rates_h200.json). H100 and H800 have the same tensor cores; what is bound by
+    memory scales with its bandwidth. Unbalanced experts and ranks that wait for each other are not counted."""
 
     dense_tflops: float = 700.0
     """bf16 matrix products, measured 700-800."""
@@ -20,29 +21,31 @@ class Rates:
     """torch's grouped_mm at M1's expert shapes from 1024 rows an expert on, measured 600-666."""
     grouped_small_tflops: float = 410.0
     """The same with 256 rows an expert, measured 410-450."""
-    softmax_tflops: float = 554.0
-    """Causal flash attention, forward, 65,536 tokens, 64 heads of 128: measured 127 ms."""
-    softmax_backward_tflops: float = 390.0
-    """Assumed: 0.7 of the forward's rate."""
-    fp32_tflops: float = 50.0
-    """The head without TF32, assumed: three quarters of the data sheet's 67."""
+    softmax_tflops: float = 552.0
+    """Causal flash attention, forward, fitted; by itself 554 with 65,536 tokens and 64 heads of 128."""
+    softmax_backward_tflops: float = 513.0
+    """Fitted."""
+    softmax_context: float = 1.70
+    """Seconds of attention block by block over context-parallel ranks over those of one kernel, fitted to rings of 16 and 32 at 1M."""
+    fp32_tflops: float = 47.4
+    """The head without TF32, fitted; the data sheet has 67."""
     copy_share: float = 4.3 / 4.8
     """Of the data sheet's memory bandwidth that a copy reaches, measured."""
     nvlink_share: float = 0.8
     """Of the link, one direction: the 160 of 200 GB/s that the DeepSeek-V3 report counts on for the H800."""
     network_share: float = 0.8
     """Assumed."""
-    lightning_layer: float = 1.0
-    """Seconds of a whole lightning layer, forward and backward, over the sum of its terms."""
-    softmax_layer: float = 1.0
-    """The same of a softmax layer without its attention kernel."""
-    layer_host_s: float = 0.0
+    lightning_layer: float = 1.078
+    """Seconds of a whole lightning layer, forward and backward, over the sum of its terms, fitted."""
+    softmax_layer: float = 1.175
+    """The same of a softmax layer without its attention kernel, fitted."""
+    layer_host_s: float = 0.0235
     """Seconds in which the host queues one layer, forward and backward: what a micro-batch's layer takes at least, communication
-    included. 0: the device is never kept waiting. It depends on the host, and CUDA graphs would lower it."""
+    included. 0: the device is never kept waiting. Fitted to a rank of 40 layers; it depends on the machine (30 ms where other processes
+    ran), and CUDA graphs would lower it."""
     calibration: str = (
-        "not calibrated end to end: single layers of M1 on an H200 took 0.91 to 1.16 times their estimates where they took 50 ms or more, "
-        "but a rank of the 32K layout for 512 GPUs alone, communication left out, 3.2 to 3.8 times: with 8,192 tokens a layer the host "
-        "needs 24 to 30 ms to queue it; --rates benchmarks/results/rates_h200.json has rates fitted to these measurements"
+        "rates fitted on one H200: 17 single layers alone to 5% (median 2%), 4 whole ranks without communication to -1% and +7%; "
+        "communication, bubbles, overlap and anything at scale are not measured"
     )
     """What sums of these terms were compared with, and the error."""
 

@@ -19,6 +19,9 @@ _LIGHTNING_PASSES = (4 / 0.71 + 6, 7 / 0.34 + 6)
 _NORM_PASSES = 10  # over [tokens, hidden] in a layer's forward: two norms, two scaled residuals
 _GATE_PASSES = 4  # over [tokens, heads, head_dim]: the norm and gate behind lightning attention
 _ROUTED_HIDDEN_PASSES, _ROUTED_INNER_PASSES = 4, 3  # permuting, unpermuting; SwiGLU
+_SORT_PASSES = 4  # over the tokens at their experts, where a rank has several: by expert and back
+_CAST_PASSES = 3  # the same tokens to fp32, in which core adds them up over an expert-tensor group
+_AUTO_RING_BYTES = 64 << 20  # parallel/traffic.py, whose package needs torch
 _UPDATE_BYTES = 30  # per parameter: fp32 weight and both moments read and written, gradient read, 16-bit weight written
 _BF16 = 2
 
@@ -35,11 +38,11 @@ class StepTime:
     elementwise: float
     head: float
     tensor: float
-    """Gathers and scatters of tensor and expert-tensor parallelism."""
+    """Gathers and scatters of tensor parallelism."""
     all_to_all: float
-    """Tokens to their experts and back."""
+    """Tokens to their experts and back, to all ranks of an expert-tensor group."""
     ring: float
-    """K and V between context-parallel ranks, as far as softmax attention does not hide them."""
+    """K and V between context-parallel ranks: of the ring what softmax attention does not hide, an all-gather as it is."""
     states: float
     """Lightning states between context-parallel ranks, gathered, nothing hidden."""
     launch: float
@@ -66,12 +69,13 @@ _RECOMPUTED = {
 }
 
 
-def step_time(config: Config, cluster: Cluster) -> StepTime:
+def step_time(config: Config, cluster: Cluster, *, document_tokens: int | None = None) -> StepTime:
     """StepTime of a layout that `validate` accepts, in bf16, experts balanced, no network contention.
 
+    document_tokens: length of the packed documents, which softmax attention does not look beyond; None: of whole sequences.
     cluster.rates says what sums of such terms were compared with.
     """
-    parallel, stages = config.parallel, stage_seconds(config, cluster)
+    parallel, stages = config.parallel, stage_seconds(config, cluster, document_tokens=document_tokens)
     totals = [sum(terms.values()) for terms in stages]
     slowest, count = max(totals), derived(config, cluster.gpus).micro_batches
     mean = {name: count * sum(terms[name] for terms in stages) / len(stages) for name in stages[0]}
@@ -85,10 +89,11 @@ def step_time(config: Config, cluster: Cluster) -> StepTime:
     )
 
 
-def stage_seconds(config: Config, cluster: Cluster) -> list[dict[str, float]]:
+def stage_seconds(config: Config, cluster: Cluster, *, document_tokens: int | None = None) -> list[dict[str, float]]:
     """Seconds by term that a rank of every pipeline stage, first to last, takes for one micro-batch, recomputation included."""
     parallel, types = config.parallel, config.model.layer_types()
-    layers = {kind: _layer(config, cluster, kind) for kind in set(types)}
+    attended = min(document_tokens or config.training.seq_length, config.training.seq_length)
+    layers = {kind: _layer(config, cluster, kind, attended) for kind in set(types)}
     stages = []
     for stage in range(parallel.pipeline):
         terms = dict.fromkeys((*_PER_LAYER, "head", "launch"), 0.0)
@@ -113,11 +118,11 @@ def stage_balance(config: Config) -> float:
     return sum(stages) / len(stages) / max(stages)
 
 
-def _layer(config: Config, cluster: Cluster, kind: int) -> dict[str, float]:
+def _layer(config: Config, cluster: Cluster, kind: int, attended: int) -> dict[str, float]:
     """Seconds of one layer for one micro-batch by term: forward, backward and what is recomputed."""
     training = config.training
-    compute, exchange = _compute(config, cluster, kind), _exchange(config, cluster, kind)
-    if kind == 1:
+    compute, exchange = _compute(config, cluster, kind, attended), _exchange(config, cluster, kind)
+    if kind == 1 and _is_ring(config):
         hidden = zip(exchange["ring"], compute["softmax"])
         exchange["ring"] = tuple(max(0.0, sent - computed) for sent, computed in hidden)
     modules = {"none": [], "full": ["full"], "selective": training.recompute_modules}[training.recompute]
@@ -129,8 +134,8 @@ def _layer(config: Config, cluster: Cluster, kind: int) -> dict[str, float]:
     return terms | {"launch": max(0.0, cluster.rates.layer_host_s - sum(terms.values()))}
 
 
-def _compute(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[float, ...]]:
-    """(forward, backward) seconds of the kernels."""
+def _compute(config: Config, cluster: Cluster, kind: int, attended: int) -> dict[str, tuple[float, ...]]:
+    """(forward, backward) seconds of the kernels; attended: tokens of a document."""
     model, parallel, rates = config.model, config.parallel, cluster.rates
     sizes, tokens = derived(config, cluster.gpus), rank_tokens(config)
     inner = model.num_attention_heads * model.head_dim / parallel.tensor
@@ -144,6 +149,10 @@ def _compute(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[flo
     experts = products / (cluster.grouped_tflops(rows) * 1e12)
     passes = _NORM_PASSES * tokens / _sequence_shards(config) * model.hidden_size
     passes += routed * (_ROUTED_HIDDEN_PASSES * model.hidden_size + _ROUTED_INNER_PASSES * model.intermediate_size)
+    gathered = routed * sizes.expert_tensor * model.hidden_size
+    passes += gathered * (
+        _SORT_PASSES * (parallel.expert < model.num_local_experts) + _CAST_PASSES * (sizes.expert_tensor > 1)
+    )
     if kind == 0:
         passes += _GATE_PASSES * tokens * inner
     elementwise = passes * _BF16 / cluster.bytes_per_s
@@ -158,7 +167,8 @@ def _compute(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[flo
     whole_layer = rates.lightning_layer if kind == 0 else rates.softmax_layer
     terms = {name: tuple(seconds * whole_layer for seconds in both) for name, both in terms.items()}
     if kind == 1:
-        flops = 2 * inner * config.training.seq_length * tokens / 1e12  # over half of the keys on average
+        flops = 2 * inner * attended * tokens / 1e12  # over half of the keys on average
+        flops *= rates.softmax_context if parallel.context > 1 else 1.0
         terms["softmax"] = (flops / rates.softmax_tflops, 2.5 * flops / rates.softmax_backward_tflops)
     return terms
 
@@ -179,12 +189,13 @@ def _exchange(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[fl
         counts = (3, 2 * columns + 1)  # all-reduces are two each; the experts' sequence shards are gathered
     routed = hidden / tensor * model.num_experts_per_tok
     within = sizes.expert_tensor
-    split = 2 * cluster.collective_s(routed * (within - 1), peers=within, stride=1)
+    split = cluster.collective_s(routed * (within - 1), peers=within, stride=1)
     experts = parallel.expert
     sent = routed * (experts - 1) / experts
     exchange = 2 * cluster.exchange_s(sent, peers=experts, stride=within)
+    exchange += 3 * split  # gathered in bf16, added up in fp32; backward the other way round
     terms: dict[str, tuple[float, ...]] = {
-        "tensor": (counts[0] * one + split, counts[1] * one + split),
+        "tensor": (counts[0] * one, counts[1] * one),
         "all_to_all": (exchange, exchange),
     }
     if kind == 1:
@@ -196,6 +207,15 @@ def _exchange(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[fl
         gathered = cluster.collective_s(2 * (context - 1) * state, peers=context, stride=tensor)
         terms["states"] = (gathered, gathered)
     return terms
+
+
+def _is_ring(config: Config) -> bool:
+    """Whether K and V go round while attention works, or are gathered before."""
+    model, parallel = config.model, config.parallel
+    if parallel.context_softmax != "auto":
+        return parallel.context_softmax != "all_gather"
+    gathered = 2 * rank_tokens(config) * parallel.context * model.num_key_value_heads * model.head_dim / parallel.tensor
+    return gathered * _BF16 > _AUTO_RING_BYTES
 
 
 def _sequence_shards(config: Config) -> int:

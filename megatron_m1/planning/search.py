@@ -1,5 +1,6 @@
 """All layouts of a model on a cluster: those that fit, ranked by the estimated time of a step, and why the others do not."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,17 +20,20 @@ __all__ = [
     "Search",
     "layout_name",
     "needed_gib",
+    "padded",
     "plan_layout",
     "search",
+    "smallest_cluster",
 ]
 
 RESERVE_GIB = 6.0
 """Of each GPU for the CUDA context, NCCL's own buffers and the allocator's fragmentation (3 to 6 GiB)."""
 ACTIVATION_MARGIN = 1.2
-"""The estimate of activations is right to about a fifth."""
+"""For experts that get more than their share of tokens. With balanced ones the estimate of a whole rank's peak was right to 1%."""
 _GIB = 2**30
 _LEAST_TOKENS = 8192  # of a context-parallel rank: the rates of cluster.py were measured with no fewer
 _MOST_CHUNKS = 5  # model chunks of a pipeline rank
+_MOST_DOUBLINGS = 4
 _RECOMPUTE: tuple[tuple[str, list[str]], ...] = (
     ("none", ["core_attn"]),
     ("selective", ["core_attn"]),
@@ -82,46 +86,83 @@ class Search:
         return Counter(refusal.rule for refusal in self.refusals)
 
 
-def search(config: Config, cluster: Cluster, *, reserve_gib: float = RESERVE_GIB) -> Search:
+def search(
+    config: Config, cluster: Cluster, *, reserve_gib: float = RESERVE_GIB, document_tokens: int | None = None
+) -> Search:
     """Search over tensor (within a node), pipeline, context, expert, expert-tensor and virtual-pipeline sizes.
 
     config gives everything else: the model, training.seq_length, global_batch, micro_batch, precision and gradient type, overlap.
+    document_tokens: see `plan_layout`.
     """
     plans, refusals = [], []
     for parallel in _candidates(config, cluster):
-        found = plan_layout(config, cluster, parallel, reserve_gib=reserve_gib)
+        found = plan_layout(config, cluster, parallel, reserve_gib=reserve_gib, document_tokens=document_tokens)
         plans.append(found) if isinstance(found, Plan) else refusals.append(found)
     plans.sort(key=lambda plan: (plan.time.total, plan.fullest.total))
     return Search(plans, refusals)
 
 
+def smallest_cluster(config: Config, cluster: Cluster, *, reserve_gib: float = RESERVE_GIB) -> tuple[int, Plan] | None:
+    """GPUs, in doublings of cluster.gpus, with which a layout fits, and the fastest; None if 16 times as many do not help."""
+    for doublings in range(1, _MOST_DOUBLINGS + 1):
+        larger = replace(cluster, gpus=cluster.gpus << doublings)
+        plans = search(config, larger, reserve_gib=reserve_gib).plans
+        if plans:
+            return larger.gpus, plans[0]
+    return None
+
+
 def plan_layout(
-    config: Config, cluster: Cluster, parallel: ParallelConfig, *, reserve_gib: float = RESERVE_GIB
+    config: Config,
+    cluster: Cluster,
+    parallel: ParallelConfig,
+    *,
+    reserve_gib: float = RESERVE_GIB,
+    document_tokens: int | None = None,
 ) -> Plan | Refusal:
-    """The layout `parallel` with the fastest recomputation that fits, or why there is none."""
+    """The layout `parallel` with the fastest recomputation that fits, or why there is none.
+
+    document_tokens: length of the documents that sequences are packed of, which decides what is attended to and, with
+    parallel.context_layout=document, how much padding there is. None: sequences are one document each.
+    """
     config = replace(config, parallel=parallel)
     try:
         validate(replace(config, checkpoint=CheckpointConfig()), cluster.gpus)
     except ConfigError as error:
         reason = str(error).splitlines()[0]
         return Refusal(parallel, reason.split("=", 1)[0], reason)
+    training, config = config.training, padded(config, document_tokens)
     variants, room = recompute_variants(config), cluster.memory_gib - reserve_gib
-    state = max(estimate.state for estimate in estimate_memory(config, cluster.gpus)) / _GIB
-    fitting = [variant for variant in variants if needed_gib(variant, cluster) <= room] if state <= room else []
+    least = estimate_memory(variants[-1], cluster.gpus)
+    if max(estimate.state for estimate in least) / _GIB > room:
+        return Refusal(parallel, "memory", _too_much(variants[-1], least, cluster, reserve_gib), _needed(least))
+    memory = [*(estimate_memory(variant, cluster.gpus) for variant in variants[:-1]), least]
+    fitting = [pair for pair in zip(variants, memory) if _needed(pair[1]) <= room]
     if not fitting:
-        full = variants[-1]
-        return Refusal(parallel, "memory", _too_much(full, cluster, reserve_gib), needed_gib(full, cluster))
-    times = [step_time(variant, cluster) for variant in fitting]
-    time, best = min(zip(times, fitting), key=lambda pair: pair[0].total)
-    training = config.training
+        return Refusal(parallel, "memory", _too_much(variants[-1], least, cluster, reserve_gib), _needed(least))
+    times = [step_time(variant, cluster, document_tokens=document_tokens) for variant, _ in fitting]
+    time, (best, estimates) = min(zip(times, fitting), key=lambda pair: pair[0].total)
     rate = training.global_batch * training.seq_length / time.total / cluster.gpus
-    flops = training_flops_per_token(config.model, training.seq_length)
-    return Plan(best, estimate_memory(best, cluster.gpus), time, rate, rate * flops / (cluster.peak_tflops * 1e12))
+    flops = training_flops_per_token(config.model, min(document_tokens or training.seq_length, training.seq_length))
+    return Plan(best, estimates, time, rate, rate * flops / (cluster.peak_tflops * 1e12))
+
+
+def padded(config: Config, document_tokens: int | None) -> Config:
+    """The configuration with the padding of parallel.context_layout=document in training.seq_length: every document of a pack to a
+    multiple of 2W, half of that on average, and the pack to what tensor-parallel ranks divide (engine/trainer.py)."""
+    parallel, training = config.parallel, config.training
+    if parallel.context_layout != "document" or document_tokens is None:
+        return config
+    unit = 2 * parallel.context
+    padding = training.seq_length / min(document_tokens, training.seq_length) * (unit - 1) / 2
+    shared = math.lcm(unit, parallel.tensor * parallel.context)
+    length = math.ceil((training.seq_length + padding) / shared) * shared
+    return replace(config, training=replace(training, seq_length=length))
 
 
 def needed_gib(config: Config, cluster: Cluster) -> float:
     """Memory of the fullest stage with the margin for activations, without the reserve."""
-    return max(_with_margin(estimate) for estimate in estimate_memory(config, cluster.gpus)) / _GIB
+    return _needed(estimate_memory(config, cluster.gpus))
 
 
 def layout_name(parallel: ParallelConfig) -> str:
@@ -163,13 +204,16 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
                             )
 
 
+def _needed(stages: list[MemoryEstimate]) -> float:
+    return max(_with_margin(estimate) for estimate in stages) / _GIB
+
+
 def _with_margin(estimate: MemoryEstimate) -> float:
     return replace(estimate, activations=ACTIVATION_MARGIN * estimate.activations).total
 
 
-def _too_much(config: Config, cluster: Cluster, reserve_gib: float) -> str:
-    estimates = estimate_memory(config, cluster.gpus)
-    stage, fullest = max(enumerate(estimates), key=lambda pair: _with_margin(pair[1]))
+def _too_much(config: Config, stages: list[MemoryEstimate], cluster: Cluster, reserve_gib: float) -> str:
+    stage, fullest = max(enumerate(stages), key=lambda pair: _with_margin(pair[1]))
     kinds = ("weights", "gradients", "optimizer", "activations", "logits", "update", "buffers")
     parts = ", ".join(f"{kind} {getattr(fullest, kind) / _GIB:.1f}" for kind in kinds)
     remedy = "more pipeline, expert or tensor ranks"

@@ -24,6 +24,7 @@ from megatron_m1.engine.trainer import Trainer
 from megatron_m1.model.build import build_model, routers
 
 WORLD = 16
+MILLION = ("m1_456b", "m1_456b_1m_512gpu")
 TINY = (
     *("--config", "examples/configs/tiny_cpu.yaml", "--model.num_hidden_layers", "4", "--model.hidden_size", "64"),
     *("--model.attn_type_list", "[0,1,0,1]", "--model.vocab_size", "256", "--model.intermediate_size", "64"),
@@ -44,8 +45,8 @@ def test_distinct_ranks_of_the_presets():
     def ranks(*options: str) -> list[int]:
         return distinct_ranks(load_config(["--config", "examples/configs/m1_456b.yaml", *options]), 512)
 
-    # TP 8, PP 2, CP 4 and 32: the middle of the first context-parallel group of either stage.
-    assert ranks("--config", "examples/configs/m1_456b_32k_512gpu.yaml") == [16, 256 + 16]
+    # TP 8, PP 2, CP 2 and 32: the middle of the first context-parallel group of either stage.
+    assert ranks("--config", "examples/configs/m1_456b_32k_512gpu.yaml") == [8, 256 + 8]
     assert ranks("--config", "examples/configs/m1_456b_1m_512gpu.yaml") == [128, 256 + 128]
     # PP 8: first, those in the middle with one and with two softmax layers, last; PP 16: with one and with none.
     assert ranks() == [0, 64, 192, 448]
@@ -211,28 +212,40 @@ def test_rates_are_found_again_from_layers_and_ranks_that_have_them():
                 total = sum(again[name] for name in COMPUTE)
                 rows.append({"point": vars(point), "forward_s": forward, "backward_s": total - forward, "rounds": 3})
     found = fit_layers(rows, model, DEVICES["H200"])
-    whole = tiny()
-    ranks = [{"config": asdict(whole), "ranks": []}]
-    for stage, terms in enumerate(stage_seconds(whole, replace(device, gpus=WORLD))):
-        work, head = sum(terms[name] for name in COMPUTE if name != "head"), terms["head"]
-        row = {"stage": stage, "layers": [0, 1], "measured": {"micro_batch_s": max(work, 2 * 0.5) + head}}
-        ranks[0]["ranks"].append(row)
+    # Ranks that wait 50 ms for the host of every layer, and some that do not.
+    million = load_config([o for f in MILLION for o in ("--config", f"examples/configs/{f}.yaml")])
+    ranks = []
+    for whole, gpus in ((tiny(), WORLD), (million, 512)):
+        ranks.append({"config": asdict(whole), "ranks": []})
+        for stage, terms in enumerate(stage_seconds(whole, replace(device, gpus=gpus))):
+            layers = stage_layers(whole, stage)
+            work, head = sum(terms[name] for name in COMPUTE if name != "head"), terms["head"]
+            seconds = max(work, len(layers) * 0.05) + head
+            ranks[-1]["ranks"].append({"stage": stage, "layers": layers, "measured": {"micro_batch_s": seconds}})
     found = fit_ranks(ranks, found, DEVICES["H200"])
     for name in ("lightning_layer", "softmax_layer", "softmax_tflops", "softmax_backward_tflops", "fp32_tflops"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-4), name
-    assert found.layer_host_s == pytest.approx(0.5)
+    assert found.layer_host_s == pytest.approx(0.05)
     assert all(abs(error) < 1e-6 for error in rank_errors(ranks, replace(DEVICES["H200"], rates=found)))
-    assert max(rank_errors(ranks, DEVICES["H200"])) < -0.9
+    assert min(rank_errors(ranks, replace(DEVICES["H200"], rates=Rates(layer_host_s=0.0)))) < -0.9
 
 
 def test_resume_keeps_what_is_there(tmp_path):
     output = tmp_path / "points.json"
-    point = Point("slice", "softmax", "none", 1, 1, 64)
-    kept = {"point": vars(point), "forward_s": 1.0, "backward_s": 1.0, "finite": True}
-    output.write_text(json.dumps({"points": [kept]}))
-    arguments = ["--parts", "slice", "--tokens", "64", "--kinds", "softmax", "--recompute", "none", "--resume"]
-    assert long_context.main([*arguments, "--output", str(output)]) == 0
-    assert json.loads(output.read_text())["points"] == [kept]
+    kept = {"forward_s": 1.0, "backward_s": 1.0, "rounds": 3, "finite": True, "estimated_s": {"gemm": 2.0}}
+    kept["point"] = vars(Point("slice", "softmax", "none", 1, 1, 64))
+    options = [
+        *"--parts slice --kinds softmax --recompute none --resume --time-limit-s 0 --output".split(),
+        str(output),
+    ]
+    for row in (kept, kept | {"commit": "1234567"}):  # a point has its own commit, or the file's
+        output.write_text(json.dumps({"commit": "89abcde", "points": [row]}))
+        before = output.read_bytes()
+        assert long_context.main(["--tokens", "64", *options]) == 0
+        assert output.read_bytes() == before
+        assert long_context.main(["--tokens", "64", "128", *options]) == 0
+        first, second = json.loads(output.read_text())["points"]
+        assert first == {"commit": "89abcde"} | row and "above the 0 s" in second["skipped"]
 
 
 def test_bad_layouts_are_refused():

@@ -1,6 +1,7 @@
 """The command line of tools/plan_layout.py."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def test_ranks_layouts_as_text_and_json():
     assert all(sum(entry["seconds"].values()) == pytest.approx(2 * entry["seconds"]["total"]) for entry in found)
     text = plan(*arguments).stdout
     assert f"\n{found[0]['layout']} " in text and "16,384 tokens a sequence, 8 sequences a step, 4 GPUs" in text
-    assert "not calibrated end to end" in text and "world_size, e.g. " in text
+    assert "anything at scale are not measured" in text and "world_size, e.g. " in text
 
 
 def test_one_layout_of_the_released_model_in_detail():
@@ -54,12 +55,37 @@ def test_one_layout_of_the_released_model_in_detail():
             "--global-batch-tokens=134217728 must be a multiple of --seq-length=3000; use 134217000.",
         ),
         (["--gpus", "0"], "gpus=0 of a cluster must be above 0"),
+        (["--gpus", "100"], "--gpus=100 must be a multiple of --gpus-per-node=8, or fewer; use 96 or 104."),
+        (["--config", "examples/configs/m1_456b_2m_512gpu.yaml"], "name an existing YAML file"),
+        (["--rates", "nowhere.json"], "--rates=nowhere.json cannot be read"),
+        (["--reserve-gib", "80"], "--reserve-gib=80 must be from 0 to below the 79.6 GiB of a GPU."),
+        (["--document-tokens", "0"], "--document-tokens=0 must be 1 or more."),
         (["--training.sequence", "1"], "training.sequence"),
     ],
 )
 def test_bad_input_is_named(arguments, message):
     done = plan(*arguments)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_says_what_would_fit():
+    done = plan(*TINY, "--memory-gib", "6.6", "--seq-length", "16384", "--global-batch-tokens", str(8 * 16384))
+    assert done.returncode == 1 and "0 layouts fit" in done.stdout, done.stderr
+    found = re.search(r"\n(\S+) needs least: 4 GPUs of (6\.\d) GiB would do, reserve included\n", done.stdout)
+    enough = [*TINY, "--memory-gib", found[2], "--seq-length", "16384", "--global-batch-tokens", str(8 * 16384)]
+    assert f"\n{found[1]} " in plan(*enough).stdout
+
+
+def test_documents_shorten_attention_and_pad():
+    layout = ["--gpus", "512", "--seq-length", "1048576", "--layout", "8/2/32/32/1/5", "--json"]
+    whole, packed, padded = (
+        json.loads(plan(*layout, *options).stdout)[0]
+        for options in ([], ["--document-tokens", "2048"],
+                        ["--document-tokens", "2048", "--parallel.context_layout", "document"])
+    )  # fmt: skip
+    assert packed["seconds"]["softmax"] == pytest.approx(whole["seconds"]["softmax"] / 512)
+    # 512 documents, each with 31.5 tokens of padding to a multiple of 64 on average.
+    assert padded["seconds"]["gemm"] == pytest.approx((1 + 31.5 / 2048) * packed["seconds"]["gemm"], rel=1e-3)
 
 
 def test_flops_curve_needs_neither_torch_nor_megatron():

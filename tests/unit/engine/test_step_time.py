@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_m1.engine import step_time as step_time_module
 from megatron_m1.engine.cluster import Cluster
 from megatron_m1.engine.rates import Rates
 from megatron_m1.engine.step_time import stage_balance, step_time
@@ -14,6 +15,7 @@ CLUSTER = Cluster(
     rates=Rates(
         dense_tflops=700, grouped_tflops=600, grouped_small_tflops=410, softmax_tflops=554, softmax_backward_tflops=390,
         fp32_tflops=50, copy_share=4.3 / 4.8, nvlink_share=0.8, network_share=0.8, lightning_layer=1, softmax_layer=1,
+        layer_host_s=0, softmax_context=1,
     ),
 )  # fmt: skip
 MODEL = ModelConfig(
@@ -40,8 +42,9 @@ def test_compute_of_one_rank():
     assert time.experts == pytest.approx(4 * 3 * 6 * routed * 100 * 30 / 600e12)
     assert time.softmax == pytest.approx(2 * 200 * TOKENS**2 * (1 / 554e12 + 2.5 / 390e12))
     assert time.lightning == pytest.approx(3 * TOKENS * 200 * 2 / 4.3e12 * (4 / 0.71 + 7 / 0.34 + 12))
+    # The last 400: four experts on one rank, sorted there and back.
     assert time.elementwise == pytest.approx(
-        3 * 2 * (4 * (10 * TOKENS * 100 + routed * (400 + 90)) + 3 * 4 * TOKENS * 200) / 4.3e12
+        3 * 2 * (4 * (10 * TOKENS * 100 + routed * (400 + 90 + 400)) + 3 * 4 * TOKENS * 200) / 4.3e12
     )
     assert time.head == pytest.approx(3 * 2 * TOKENS * 100 * 1000 / 50e12)
     assert time.tensor == time.all_to_all == time.ring == time.states == time.pipeline == time.bubble == 0
@@ -98,14 +101,31 @@ def test_communication_inside_layers():
     assert without.tensor == pytest.approx(2 * (3 * 8 + 6) * hidden / 2 / 1e9)
 
 
+def test_expert_tensor_groups_exchange_in_fp32_and_again_when_recomputed():
+    time = step_time(config(tensor=2, expert=2, expert_tensor=2), CLUSTER)
+    # Two copies of half the tokens, half of them to other nodes' experts; what arrives, gathered over two ranks in bf16 and added up
+    # in fp32; forth and back, 2 micro-batches, 4 layers.
+    routed = TOKENS * 100 * 2 / 2 * 2
+    one = 2 * routed / 2 / 1e9 + 3 * routed / 1e9
+    assert time.all_to_all == pytest.approx(2 * 4 * 2 * one)
+    again = step_time(config(tensor=2, expert=2, expert_tensor=2, recompute="selective", modules=["moe"]), CLUSTER)
+    assert again.all_to_all == pytest.approx(1.5 * time.all_to_all) and again.tensor == time.tensor
+    without = step_time(config(tensor=2, expert=2, expert_tensor=1), CLUSTER)
+    rows = 2 * TOKENS / 2 * 100 * 2  # bytes of the copies of a rank's tokens
+    # Sorted by expert on either: twice the rows under expert tensor parallelism, which also turns them into fp32.
+    assert time.elementwise - without.elementwise == pytest.approx(2 * 4 * 3 * rows * (2 * (4 + 3) - 4) / 4.3e12)
+
+
 def test_communication_between_context_ranks():
-    time = step_time(config(context=4), CLUSTER)
+    time = step_time(config(context=4, context_softmax="ring"), CLUSTER)
     compute = 2 * 200 * TOKENS * 1024
     block = 2 * 1024 * 100 * 2  # K and V of a rank, bf16
     forward = 3 * block / 1e9 - compute / 554e12
     backward = 3 * 3 * block / 1e9 - 2.5 * compute / 390e12
     # 2 data-parallel ranks: 4 micro-batches
     assert time.ring == pytest.approx(4 * (forward + backward))
+    gathered = step_time(config(context=4), CLUSTER)  # of 3.1 MiB, which nothing hides
+    assert gathered.ring == pytest.approx(4 * 4 * 3 * block / 1e9)
     assert time.states == pytest.approx(4 * 3 * 2 * (2 * 3 * 4 * 4 * 50 * 50) / 1e9)
     assert step_time(config(context=8), CLUSTER).states > 10 * time.states  # over the network
 
@@ -132,6 +152,17 @@ def test_gradients_hide_behind_the_last_micro_batch():
     assert step_time(overlapped, CLUSTER).data == pytest.approx(plain.data - one)
     total = dense + experts + 3 * 200 + 4 * 200 + 100  # norms too
     assert plain.update == pytest.approx(30 * total / 8 / 4.3e12, rel=0.1)
+
+
+def test_the_ring_is_taken_from_the_size_on_from_which_the_layers_take_it():
+    from megatron_m1.parallel.traffic import AUTO_RING_BYTES
+
+    assert step_time_module._AUTO_RING_BYTES == AUTO_RING_BYTES
+
+
+def test_attention_does_not_look_beyond_a_document():
+    whole, packed = (step_time(config(), CLUSTER, document_tokens=tokens) for tokens in (None, TOKENS // 4))
+    assert packed.softmax == pytest.approx(whole.softmax / 4) and packed.gemm == whole.gemm
 
 
 @pytest.mark.parametrize("stages, balance", [(1, 1.0), (2, 1.0), (4, 0.89), (5, 1.0), (8, 0.72), (10, 1.0)])

@@ -4,14 +4,16 @@ import pytest
 
 from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_m1.engine.cluster import DEVICES
+from megatron_m1.engine.rates import Rates
 from megatron_m1.planning import Plan, Refusal, plan_layout, search
-from megatron_m1.planning.search import ACTIVATION_MARGIN, layout_name, needed_gib
+from megatron_m1.planning.search import ACTIVATION_MARGIN, layout_name, needed_gib, padded, smallest_cluster
 
 MODEL = ModelConfig(
     vocab_size=512, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
     intermediate_size=128, num_local_experts=4, rotary_dim=32, attn_type_list=[0, 1, 0, 1],
 )  # fmt: skip
-CLUSTER = replace(DEVICES["H800"], gpus=8, gpus_per_node=2)
+# The host is never waited for: its share would be all that there is of a model so small.
+CLUSTER = replace(DEVICES["H800"], gpus=8, gpus_per_node=2, rates=Rates(layer_host_s=0))
 CONFIG = Config(model=MODEL, training=TrainingConfig(seq_length=16384, global_batch=8))
 GIB = 2**30
 
@@ -61,6 +63,27 @@ def test_memory_decides_the_recomputation_and_then_refuses():
 def test_layouts_that_break_a_rule_say_which(sizes, rule, reason):
     refused = plan_layout(CONFIG, CLUSTER, ParallelConfig(**sizes))
     assert isinstance(refused, Refusal) and refused.rule == rule and reason in refused.reason
+
+
+def test_smallest_cluster_is_the_first_doubling_that_fits():
+    two = replace(CLUSTER, gpus=2)
+    refusals = search(CONFIG, replace(two, memory_gib=6.001)).refusals
+    least = min(refusal.needed_gib for refusal in refusals if refusal.rule == "memory")
+    tight = replace(two, memory_gib=least + 6 - 0.01)
+    assert not search(CONFIG, tight).plans
+    gpus, plan = smallest_cluster(CONFIG, tight)
+    assert gpus == 4 and isinstance(plan_layout(CONFIG, replace(tight, gpus=4), plan.config.parallel), Plan)
+    assert smallest_cluster(CONFIG, replace(two, memory_gib=6.001)) is None
+
+
+def test_padding_of_documents():
+    config = replace(CONFIG, parallel=ParallelConfig(context=2, context_layout="document"))
+    # 128 documents of 128 tokens, each with 1.5 of padding to a multiple of 4 on average.
+    assert padded(config, 128).training.seq_length == 16384 + 128 * 1.5
+    assert padded(config, None) is config and padded(CONFIG, 128) is CONFIG
+    plans = [plan_layout(config, CLUSTER, config.parallel, document_tokens=tokens) for tokens in (None, 128)]
+    assert plans[1].time.softmax < plans[0].time.softmax / 100 and plans[1].time.gemm > plans[0].time.gemm
+    assert plans[1].fullest.activations > plans[0].fullest.activations
 
 
 def test_speed_follows_from_the_step():
