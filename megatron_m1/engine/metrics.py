@@ -27,8 +27,9 @@ class MetricsLog:
     Raises ConfigError if logging.dir cannot be written.
     """
 
-    def __init__(self, config: Config, *, rank: int) -> None:
-        self.enabled, self.steps = rank == 0, config.training.steps
+    def __init__(self, config: Config, *, rank: int, headline: str = "loss") -> None:
+        """headline: the metric beside the bar, which keeps its last value over steps that lack it."""
+        self.enabled, self.steps, self.headline = rank == 0, config.training.steps, headline
         self.file: TextIO | None = None
         self.writer: SummaryWriter | None = None
         self.progress: Progress | None = None
@@ -84,7 +85,9 @@ class MetricsLog:
             for name, value in _flatten(values):
                 self.writer.add_scalar(name, value, values["step"])
         if self.progress is not None:
-            self.progress.update(self.task, completed=values["step"], description=f"loss {values['loss']:.4f}")
+            self.progress.update(self.task, completed=values["step"])
+            if self.headline in values:
+                self.progress.update(self.task, description=f"{self.headline} {values[self.headline]:.4f}")
         if show:
             parts = [f"{name} {_readable(name, values[name])}" for name in SHOWN if values.get(name) is not None]
             self.say(f"step {values['step']}/{self.steps}  " + "  ".join(parts))

@@ -66,7 +66,7 @@ def train(config: Config) -> None:
     progress.load(checkpoints.stage_state)
     settings = loss_settings(progress.config().rl)
     with together():
-        log = MetricsLog(config, rank=dist.get_rank())
+        log = MetricsLog(config, rank=dist.get_rank(), headline="reward")
 
     with (
         log,

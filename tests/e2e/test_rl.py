@@ -1,12 +1,15 @@
 """The rl command: a policy that learns from a supervised start, and a run that kill -9 does not change."""
 
+import contextlib
 import json
 import math
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -262,6 +265,26 @@ def test_a_run_that_dies_between_two_updates_goes_on_with_the_same_bits(folder, 
     assert last["from_journal"] == whole[3]["sampled"]
 
 
+def rl_rank_in_a_terminal(rank: int, world: int, argv: list[str]) -> str:
+    """What the rl command shows on a terminal of 120 columns."""
+    reader, writer = pty.openpty()
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # EIO: nothing more will come
+            while chunk := os.read(reader, 1 << 16):
+                shown.append(chunk)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    wide = mock.patch.dict(os.environ, {"TERM": "xterm", "COLUMNS": "120"})
+    with wide, os.fdopen(writer, "w") as terminal, mock.patch.object(sys, "stdout", terminal):
+        main(argv)
+    thread.join()
+    os.close(reader)
+    return b"".join(shown).decode()
+
+
 def test_batches_in_which_nothing_differs_update_nothing(folder, ranks):
     """Answers nobody gives: all prompts are sampled again as often as allowed, logged and left out."""
     for name in ("train", "held_out"):
@@ -269,7 +292,8 @@ def test_batches_in_which_nothing_differs_update_nothing(folder, ranks):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = {"kind": "file", "path": f"{folder}/train.jsonl", "held_out_path": f"{folder}/held_out.jsonl"}
     run = options(folder, "equal", rl__tasks=[source], training__steps=2, rl__refills=1, rl__held_out_prompts=4)
-    ranks(1, rl_rank, run, timeout_s=120)
+    (shown,) = ranks(1, rl_rank_in_a_terminal, run, timeout_s=120)
+    assert "reward 0.0000" in shown and shown.count("no update") == 2 and "2/2" in shown
     for step in metrics(folder, "equal").values():
         assert step["sampled"] == 2 * SAMPLES and step["discard_rate"] == 1.0 and step["kept"] == 0 == step["reward"]
         assert "loss" not in step and "grad_norm" not in step

@@ -68,7 +68,8 @@ def test_a_bar_on_a_terminal(monkeypatch):
     with MetricsLog(config(), rank=0) as log:
         log.step(STEP, show=True)
         log.say("a [bracket] stays")
-        assert log.progress is not None and log.progress.tasks[0].completed == 3 and log.progress.tasks[0].total == 10
+        log.step({"step": 4, "reward": 0.5}, show=True)  # RL has batches without an update
+        assert log.progress is not None and log.progress.tasks[0].completed == 4 and log.progress.tasks[0].total == 10
     assert "a [bracket] stays" in terminal.getvalue() and "loss 3.1416" in terminal.getvalue()
 
 
