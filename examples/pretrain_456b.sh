@@ -57,8 +57,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # Megatron-Core asks for one connection with sequence parallelism, so that communication starts in launch order.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# How long torchrun waits on SIGTERM for the checkpoint; torch versions without the option wait 30 s.
+# How long torchrun waits on SIGTERM for the end of the step (up to 2,349 s by the estimate) and the checkpoint.
 if [[ "$("$PYTHON" -m torch.distributed.run --help)" == *--shutdown-timeout* ]]; then
-    LAUNCH_ARGS+=(--shutdown-timeout "${SHUTDOWN_TIMEOUT_S:-900}")
+    LAUNCH_ARGS+=(--shutdown-timeout "${SHUTDOWN_TIMEOUT_S:-5400}")
+else
+    echo "This torchrun has no --shutdown-timeout: it kills the ranks 30 s after a SIGTERM, before they save. To end a run with a" \
+        "checkpoint give it --training.exit_after_s SECONDS." >&2
 fi
 exec "$PYTHON" -m torch.distributed.run "${LAUNCH_ARGS[@]}" -m megatron_m1 pretrain "${TRAIN_ARGS[@]}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What every 456B job does once Slurm has started it; pretrain_456b.sbatch, continual_456b.sbatch, context_456b.sbatch and
-# rl_456b.sbatch set STAGE and say how they are used. It runs in the checkout, on the first node of the job.
+# rl_456b.sbatch set STAGE and REQUEUE_AFTER_S and say how they are used. It runs in the checkout, on the first node of the job.
 set -euo pipefail
 STAGE="${STAGE:?start pretrain_456b.sbatch, continual_456b.sbatch, context_456b.sbatch or rl_456b.sbatch}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
@@ -55,11 +55,10 @@ requeue=""
 stop_and_requeue() {
     time_is_up=1
     kill -TERM "$step" # srun forwards it to every task
-    if [[ "$STAGE" == rl ]]; then
-        # A generation batch may outlast the job; its finished samples are on disk, so nothing is lost with the rest.
-        (sleep "${REQUEUE_AFTER_S:-1500}" && scontrol requeue "$SLURM_JOB_ID") &
-        requeue=$!
-    fi
+    # A step or a generation batch may outlast the job: what is lost with it is what came after the last checkpoint, and in RL not
+    # even that, since finished samples are on disk.
+    (sleep "$REQUEUE_AFTER_S" && scontrol requeue "$SLURM_JOB_ID") &
+    requeue=$!
 }
 trap stop_and_requeue USR1
 status=0
@@ -67,9 +66,7 @@ wait "$step" || status=$?
 if [[ "$time_is_up" == 1 ]]; then
     status=0
     wait "$step" || status=$? # the first wait was ended by the signal
-    if [[ -n "$requeue" ]]; then
-        kill "$requeue" 2>/dev/null || true
-    fi
+    kill "$requeue" 2>/dev/null || true
     if [[ "$status" == 0 ]]; then
         scontrol requeue "$SLURM_JOB_ID"
     fi

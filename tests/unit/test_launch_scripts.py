@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ import torch
 import yaml
 
 from megatron_m1.config import from_yaml, load_config, validate
+from megatron_m1.engine.cluster import DEVICES
 from megatron_m1.engine.schedule import consumed_samples, learning_rate
+from megatron_m1.engine.step_time import step_time
 from megatron_m1.generation.blocks import blocks_for
 from megatron_m1.generation.cache import HybridCache
 from megatron_m1.rl.dry_run import rollout_memory
@@ -89,6 +93,52 @@ def test_456b_context_stages_dry_run(launcher, nodes, length, tokens, theta, con
     assert f"rope_theta: {theta}" in report and f"seq_length: {tokens}\n" in report
     assert f"context        size {context:4d} " in report and "456,089,655,296" in report
     assert "134,217,728 tokens and " in report and "\n== warnings" not in report
+
+
+STAGES = ("pretrain", "continual", "context_32k", "context_128k", "context_512k", "context_1m")
+
+
+def stage_config(stage, gpus):
+    """What the launchers take for a stage, by the rules of stages_456b.sh."""
+    script = 'source examples/stages_456b.sh; printf "%s\\n" "${CONFIG_ARGS[@]}"'
+    done = run(["bash", "-c", f"set -eu; {script}"], STAGE=stage, WORLD_SIZE=str(gpus))
+    assert done.returncode == 0, done.stderr
+    return load_config(done.stdout.split())
+
+
+def longest_step_s(config, gpus):
+    """Estimated, of the largest batch of the ramp."""
+    batch = max([config.training.global_batch, *(stage.global_batch for stage in config.training.batch_ramp)])
+    largest = replace(config, training=replace(config.training, global_batch=batch))
+    return step_time(largest, replace(DEVICES["H800"], gpus=gpus)).total
+
+
+@pytest.mark.parametrize("gpus", [256, 512])
+@pytest.mark.parametrize("stage", STAGES)
+def test_456b_jobs_save_before_their_time_is_up(stage, gpus):
+    """A job that is asked to end does so after its step: the signal comes early enough for one and for the checkpoint, and what a job
+    that dies can lose is less than a quarter of a day."""
+    config = stage_config(stage, gpus)
+    script = (ROOT / f"examples/slurm/{stage.partition('_')[0]}_456b.sbatch").read_text()
+    lead, requeue = (
+        int(re.search(pattern, script).group(1)) for pattern in (r"--signal=B:USR1@(\d+)", r"REQUEUE_AFTER_S:-(\d+)")
+    )
+    step = longest_step_s(config, gpus)
+    assert 1.5 * step < requeue < lead
+    assert 0 < config.checkpoint.every_steps * step < 6 * 3600 and config.checkpoint.keep > 1
+
+
+def test_torchrun_waits_for_the_longest_step(tmp_path):
+    """With a stand-in for Python that has the option."""
+    log, python = tmp_path / "log", tmp_path / "python"
+    python.write_text(
+        f'#!/usr/bin/env bash\necho "$*" >> {log}\n[[ "$*" == *--help ]] && echo --shutdown-timeout\nexit 0\n'
+    )
+    python.chmod(0o755)
+    done = run(["bash", "examples/pretrain_456b.sh"], PYTHON=str(python), RUN=str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    timeout = int(re.search(r"--shutdown-timeout (\d+)", log.read_text()).group(1))
+    assert timeout > 1.5 * max(longest_step_s(stage_config(stage, 256), 256) for stage in STAGES)
 
 
 def test_456b_rl_dry_run_on_512_gpus(tmp_path):
@@ -187,10 +237,10 @@ def test_acceptance_goes_on_after_a_failed_comparison_and_fails_at_the_end(tmp_p
     assert launches == [10, 10]
 
 
-@pytest.mark.parametrize("case", ["pretrain", "rl", "rl in a long batch"])
+@pytest.mark.parametrize("case", ["pretrain", "rl", "context in a long step", "rl in a long batch"])
 def test_slurm_job_saves_and_queues_itself_again(case, tmp_path):
-    """With stand-ins for srun and scontrol: USR1 reaches the rank as SIGTERM, and the job is queued once it has saved; that of an RL run
-    also if it does not come to that."""
+    """With stand-ins for srun and scontrol: USR1 reaches the rank as SIGTERM, and the job is queued once it has saved, or shortly before
+    its time is up."""
     stage, saves = case.split()[0], "long" not in case
     log = tmp_path / "log"
     stand_ins = {
@@ -228,8 +278,8 @@ def test_slurm_job_saves_and_queues_itself_again(case, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
         job.wait()
-    text = log.read_text()
-    assert f"rank 7 local 3 of 256 at node0: -m megatron_m1 {stage} --config examples/configs/m1_456b.yaml" in text
+    text, command = log.read_text(), "rl" if stage == "rl" else "pretrain"
+    assert f"rank 7 local 3 of 256 at node0: -m megatron_m1 {command} --config examples/configs/m1_456b.yaml" in text
     assert text.index("saved" if saves else "asked") < text.index("scontrol requeue 42")
     assert text.count("scontrol requeue 42") == 1
 
