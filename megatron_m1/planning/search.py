@@ -37,6 +37,7 @@ _MOST_DOUBLINGS = 4
 _RECOMPUTE: tuple[tuple[str, list[str]], ...] = (
     ("none", ["core_attn"]),
     ("selective", ["core_attn"]),
+    ("selective", ["moe"]),
     ("selective", ["core_attn", "moe"]),
     ("full", ["core_attn"]),
 )
@@ -173,7 +174,7 @@ def layout_name(parallel: ParallelConfig) -> str:
 
 
 def recompute_variants(config: Config) -> list[Config]:
-    """The configuration with every kind of recomputation: none, core_attn, core_attn and moe, full."""
+    """The configuration with every kind of recomputation: none, core_attn, moe, both, full."""
     return [
         replace(config, training=replace(config.training, recompute=mode, recompute_modules=modules))  # type: ignore[arg-type]
         for mode, modules in _RECOMPUTE

@@ -41,7 +41,7 @@ def test_one_layout_of_the_released_model_in_detail():
     (found,) = json.loads(own.stdout)
     assert found["layout"] == "8/2/32/32/1/5" and found["recompute"] == "full"
     modes = list(found["activation_bytes"].values())
-    assert len(modes) == 4 and modes == sorted(modes, reverse=True)
+    assert len(modes) == 5 and modes == sorted(modes, reverse=True)
     refused = plan("--gpus", "64", *layout[2:])
     assert refused.returncode == 1 and "needs" in refused.stdout and "above the 79.6 GiB of a GPU" in refused.stdout
 

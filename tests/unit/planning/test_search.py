@@ -52,6 +52,22 @@ def test_memory_decides_the_recomputation_and_then_refuses():
     assert "use more context ranks" in refused.reason  # activations are most of it
 
 
+def test_experts_alone_are_recomputed_where_that_is_enough():
+    """In lightning layers core_attn keeps nothing, so that to repeat it as well costs time and saves next to none."""
+    model = replace(MODEL, attn_type_list=[0, 0, 0, 0])
+    config = replace(CONFIG, model=model)
+    by_modules = {
+        modules: needed_gib(
+            replace(config, training=replace(config.training, recompute="selective", recompute_modules=list(modules))),
+            CLUSTER,
+        )
+        for modules in (("core_attn",), ("moe",), ("core_attn", "moe"))
+    }
+    assert by_modules["moe",] == by_modules["core_attn", "moe"] < by_modules["core_attn",]
+    plan = plan_layout(config, replace(CLUSTER, memory_gib=by_modules["moe",] + 6), ParallelConfig())
+    assert isinstance(plan, Plan) and plan.config.training.recompute_modules == ["moe"]
+
+
 @pytest.mark.parametrize(
     "sizes, rule, reason",
     [
