@@ -12,6 +12,7 @@ from megatron_m1.model.lightning import column_linear, row_linear
 from megatron_m1.model.transformer_config import M1TransformerConfig
 from megatron_m1.parallel import SequenceParams
 from megatron_m1.parallel.ring_attention import ring_attention
+from megatron_m1.parallel.sequence_params import KeptAttention
 from megatron_m1.parallel.traffic import AUTO_RING_BYTES
 from megatron_m1.parallel.transformer_engine import TransformerEngineAttention
 
@@ -68,6 +69,7 @@ class SoftmaxAttention(MegatronModule):
         self.qkv_proj = column_linear(config, m1.hidden_size, width, group)
         self.o_proj = row_linear(config, m1.num_attention_heads * m1.head_dim, m1.hidden_size, group)
         self.recompute_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        self.recomputed = self.recompute_core or config.recompute_granularity == "full"
 
     def forward(
         self,
@@ -102,7 +104,12 @@ class SoftmaxAttention(MegatronModule):
             out = self.transformer_engine(q, k, v, packed.layout)
         elif packed is not None and packed.layout is not None:
             method = _method(self.context_method, k, world=packed.layout.world)
-            out = ring_attention(q, k, v, scale=scale, group=self.context_group, layout=packed.layout, method=method)
+            # At a million tokens attention over the ranks is most of a layer's time, and its result a fraction of its memory.
+            repeated = self.recomputed and self.training
+            kept = packed.attention.setdefault(self.layer_number, KeptAttention()) if repeated else None
+            out = ring_attention(
+                q, k, v, scale=scale, group=self.context_group, layout=packed.layout, method=method, kept=kept
+            )
         else:
             cu_seqlens, longest = (None, None) if packed is None else (packed.cu_seqlens_q, packed.max_seqlen_q)
             out = softmax_attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, max_seqlen=longest)

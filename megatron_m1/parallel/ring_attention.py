@@ -1,5 +1,9 @@
 """Causal softmax attention over a sequence that context-parallel ranks hold in zig-zag order."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +17,7 @@ from megatron_m1.parallel.attention_blocks import (
     attend_locally_backward,
 )
 from megatron_m1.parallel.sequence_layout import SequenceLayout
+from megatron_m1.parallel.sequence_params import KeptAttention
 from megatron_m1.parallel.traffic import Traffic
 from megatron_m1.platform.transfer import upload
 
@@ -28,6 +33,7 @@ def ring_attention(
     group: dist.ProcessGroup,
     layout: SequenceLayout,
     method: str = "ring",
+    kept: KeptAttention | None = None,
     traffic: Traffic | None = None,
 ) -> Tensor:
     """o [B, T/W, Hq, D], in the dtype of q: this rank's rows of causal attention over the sequence of all W ranks of `group`.
@@ -39,6 +45,8 @@ def ring_attention(
         pass their gradients follow one step behind, in fp32. Memory for two blocks of keys and values.
         "all_gather": all keys and values at once, gradients by a reduce-scatter. Memory for T keys and values.
     Either way each rank does the same work in a dense batch: what causality hides is not computed.
+    kept: where gradients are disabled, as in the forward pass of a checkpoint, is given the result; where they are enabled, as when
+        that pass is repeated on the same q, k and v, the result is taken from there, if there is one, and not computed again.
     traffic: is added the bytes that this rank sends.
     Raises ValueError for another method, and where q, group and layout disagree.
     """
@@ -53,91 +61,115 @@ def ring_attention(
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must begin with the layout's [{rows}, {layout.local_tokens}]"
         )
-    return METHODS[method].apply(q, k, v, scale, group, layout, traffic or Traffic())
+    again = torch.is_grad_enabled()
+    return _Attention.apply(q, k, v, _Call(METHODS[method], scale, group, layout, traffic or Traffic()), kept, again)
 
 
-class _Ring(torch.autograd.Function):
+class _Method(NamedTuple):
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    """(call, q, k, v) -> o in fp32 (fp64) and its log-sum-exp."""
+    backward: Callable[..., tuple[Tensor, Tensor]]
+    """(call, do, q, k, v, o, lse) -> dq and [dk, dv], likewise."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    method: _Method
+    scale: float
+    group: dist.ProcessGroup
+    layout: SequenceLayout
+    traffic: Traffic
+
+
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale: float, group, layout: SequenceLayout, traffic: Traffic):
-        plan = AttentionPlan.of(layout, q.device)
-        kv = torch.stack([k, v])
-        shift = _Shift(group, kv) if layout.world > 1 else None
-        o, lse = attend_locally(q, k, v, scale=scale, plan=plan)
-        for step in range(1, layout.world):
-            kv = shift.wait()
-            traffic.count(kv.nbytes, backward=False)
-            shift = _Shift(group, kv) if step + 1 < layout.world else None
-            block = plan.by_rank[(layout.rank - step) % layout.world]
-            if block is not None:
-                attend(o, lse, block, q, *kv, scale=scale)
-        o = o.to(q.dtype)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.rest = scale, group, layout, traffic
-        return o
+    def forward(ctx, q, k, v, call: _Call, kept: KeptAttention | None, again: bool):
+        result = kept.take() if kept is not None and again else None
+        if result is None:
+            o, lse = call.method.forward(call, q, k, v)
+            result = o.to(q.dtype), lse
+        if kept is not None and not again:
+            kept.put(*result)
+        ctx.save_for_backward(q, k, v, *result)
+        ctx.call = call
+        return result[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        (q, k, v, o, lse), (scale, group, layout, traffic) = ctx.saved_tensors, ctx.rest
-        plan = AttentionPlan.of(layout, q.device)
-        kv, world = torch.stack([k, v]), layout.world
-        shift = _Shift(group, kv) if world > 1 else None
-        dq, own_dkv = attend_locally_backward(do, q, k, v, o, lse, scale=scale, plan=plan)
-        gradients = None
-        for step in range(1, world):
-            kv = shift.wait()
-            traffic.count(kv.nbytes + own_dkv.nbytes, backward=True, messages=2)
-            shift = _Shift(group, kv) if step + 1 < world else None
-            block, dkv = plan.by_rank[(layout.rank - step) % world], torch.zeros_like(own_dkv)
-            if block is not None:
-                attend_backward(dq, dkv, block, do, q, *kv, o, lse, scale=scale)
-            if gradients is not None:
-                dkv += gradients.wait()
-            # After the last step it is the own gradient that comes home.
-            gradients = _Shift(group, dkv)
+        q, k, *_ = ctx.saved_tensors
+        dq, dkv = ctx.call.method.backward(ctx.call, do, *ctx.saved_tensors)
+        return dq.to(q.dtype), *dkv.to(k.dtype), None, None, None
+
+
+def _ring_forward(call: _Call, q, k, v):
+    layout, plan = call.layout, AttentionPlan.of(call.layout, q.device)
+    kv = torch.stack([k, v])
+    shift = _Shift(call.group, kv) if layout.world > 1 else None
+    o, lse = attend_locally(q, k, v, scale=call.scale, plan=plan)
+    for step in range(1, layout.world):
+        kv = shift.wait()
+        call.traffic.count(kv.nbytes, backward=False)
+        shift = _Shift(call.group, kv) if step + 1 < layout.world else None
+        block = plan.by_rank[(layout.rank - step) % layout.world]
+        if block is not None:
+            attend(o, lse, block, q, *kv, scale=call.scale)
+    return o, lse
+
+
+def _ring_backward(call: _Call, do, q, k, v, o, lse):
+    group, plan, world = call.group, AttentionPlan.of(call.layout, q.device), call.layout.world
+    kv = torch.stack([k, v])
+    shift = _Shift(group, kv) if world > 1 else None
+    dq, own_dkv = attend_locally_backward(do, q, k, v, o, lse, scale=call.scale, plan=plan)
+    gradients = None
+    for step in range(1, world):
+        kv = shift.wait()
+        call.traffic.count(kv.nbytes + own_dkv.nbytes, backward=True, messages=2)
+        shift = _Shift(group, kv) if step + 1 < world else None
+        block, dkv = plan.by_rank[(call.layout.rank - step) % world], torch.zeros_like(own_dkv)
+        if block is not None:
+            attend_backward(dq, dkv, block, do, q, kv[0], kv[1], o, lse, scale=call.scale)
         if gradients is not None:
-            own_dkv += gradients.wait()
-        return dq.to(q.dtype), *own_dkv.to(k.dtype), None, None, None, None
+            dkv += gradients.wait()
+        # After the last step it is the own gradient that comes home.
+        gradients = _Shift(group, dkv)
+    if gradients is not None:
+        own_dkv += gradients.wait()
+    return dq, own_dkv
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, scale: float, group, layout: SequenceLayout, traffic: Traffic):
-        plan = AttentionPlan.of(layout, q.device)
-        gathered, work = _start_gather(torch.stack([k, v]), group)
-        traffic.count(gathered[1:].nbytes, backward=False)
-        o, lse = attend_locally(q, k, v, scale=scale, plan=plan)
-        work.wait()
-        kv = _global_rows(gathered, layout)
-        for block in plan.gathered:
-            attend(o, lse, block, q, *kv, scale=scale)
-        o = o.to(q.dtype)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.rest = scale, group, layout, traffic
-        return o
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do):
-        (q, k, v, o, lse), (scale, group, layout, traffic) = ctx.saved_tensors, ctx.rest
-        plan = AttentionPlan.of(layout, q.device)
-        gathered, work = _start_gather(torch.stack([k, v]), group)
-        dq, own_dkv = attend_locally_backward(do, q, k, v, o, lse, scale=scale, plan=plan)
-        work.wait()
-        kv = _global_rows(gathered, layout)
-        dkv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
-        for block in plan.gathered:
-            attend_backward(dq, dkv, block, do, q, *kv, o, lse, scale=scale)
-        order = layout.memo(("by rank", dkv.device), lambda: upload(layout.indices.flatten(), dkv.device))
-        by_rank = dkv.index_select(2, order).unflatten(2, (layout.world, -1))
-        received = torch.empty_like(own_dkv)
-        dist.reduce_scatter_tensor(received, by_rank.movedim(2, 0).flatten(0, 1), group=group)
-        traffic.count(gathered[1:].nbytes + (layout.world - 1) * received.nbytes, backward=True, messages=2)
-        own_dkv += received
-        return dq.to(q.dtype), *own_dkv.to(k.dtype), None, None, None, None
+def _gather_forward(call: _Call, q, k, v):
+    plan = AttentionPlan.of(call.layout, q.device)
+    gathered, work = _start_gather(torch.stack([k, v]), call.group)
+    call.traffic.count(gathered[1:].nbytes, backward=False)
+    o, lse = attend_locally(q, k, v, scale=call.scale, plan=plan)
+    work.wait()
+    kv = _global_rows(gathered, call.layout)
+    for block in plan.gathered:
+        attend(o, lse, block, q, *kv, scale=call.scale)
+    return o, lse
 
 
-METHODS = {"ring": _Ring, "all_gather": _AllGather}
+def _gather_backward(call: _Call, do, q, k, v, o, lse):
+    layout, plan = call.layout, AttentionPlan.of(call.layout, q.device)
+    gathered, work = _start_gather(torch.stack([k, v]), call.group)
+    dq, own_dkv = attend_locally_backward(do, q, k, v, o, lse, scale=call.scale, plan=plan)
+    work.wait()
+    kv = _global_rows(gathered, layout)
+    dkv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
+    for block in plan.gathered:
+        attend_backward(dq, dkv, block, do, q, kv[0], kv[1], o, lse, scale=call.scale)
+    order = layout.memo(("by rank", dkv.device), lambda: upload(layout.indices.flatten(), dkv.device))
+    by_rank = dkv.index_select(2, order).unflatten(2, (layout.world, -1))
+    received = torch.empty_like(own_dkv)
+    dist.reduce_scatter_tensor(received, by_rank.movedim(2, 0).flatten(0, 1), group=call.group)
+    call.traffic.count(gathered[1:].nbytes + (layout.world - 1) * received.nbytes, backward=True, messages=2)
+    own_dkv += received
+    return dq, own_dkv
+
+
+METHODS = {"ring": _Method(_ring_forward, _ring_backward), "all_gather": _Method(_gather_forward, _gather_backward)}
 
 
 class _Shift:
