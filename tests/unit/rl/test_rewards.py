@@ -1,11 +1,17 @@
 """Format, math and logic rewards, called in this process; the pool has its own tests."""
 
+import ast
+import inspect
 import json
+import os
 import random
+import textwrap
 import zlib
 from dataclasses import replace
 
 import pytest
+from reasoning_gym import utils as reasoning_gym_utils
+from reasoning_gym.factory import DATASETS
 
 from megatron_m1.config import Config, ConfigError, to_yaml
 from megatron_m1.config.schema import RLConfig, TaskSource
@@ -112,14 +118,26 @@ def test_math_with_a_reference_that_is_no_math_is_an_error():
         MathReward()(request(r"\boxed{4}", answer=""))
 
 
+CODE = [
+    "print('EVAL')",
+    "__import__('os').environ.update(M1_RAN='1')",
+    "[__import__('os').environ.update(M1_RAN='1')]",
+    "[x for x in [().__class__.__base__.__subclasses__()]]",
+    "exec('raise SystemExit(3)')",
+    "setattr(__import__('reasoning_gym').dataset.ProceduralDataset,'score_answer',lambda *a,**k:1.0)",
+    "[[0]]*2 or exit()",
+]
+
+
 def junk(entries: list[dict], index: int) -> list[str]:
-    """What a model could say without solving: nothing, constants, the question, all answers at once, the answer and more."""
+    """What a model could say without solving: nothing, constants, the question, all answers at once, the answer and more, code."""
     answer, dice = str(entries[index]["answer"]), random.Random(index)
     constants = "|zzz|0|1|-1|None|[]|{}|True|False|Yes|No|no answer|nan|inf|0 0|( )|<answer>".split("|")
     garbled = "".join(dice.sample(answer + "qz7", len(answer) + 3))
     everything = [" ".join(str(entry["answer"]) for entry in entries), " ".join(map(str, range(50)))]
     return [
         *constants,
+        *CODE,
         entries[index]["question"],
         *everything,
         f"{answer} zzz",
@@ -145,6 +163,45 @@ def test_logic_verifiers_take_the_answer_and_no_junk(dataset):
                 continue
             guessed[said] = guessed.get(said, 0) + (value(entry, said) == 1.0)
     assert not {said: hits for said, hits in guessed.items() if hits}
+    assert "M1_RAN" not in os.environ
+
+
+def names_that_verify(dataset: str) -> dict[str, set[str]]:
+    """By function that the data set's verifier can reach within reasoning-gym: every name in its source."""
+    cls = DATASETS[dataset][0]
+    waiting, found = [cls.score_answer], {}
+    while waiting:
+        function = waiting.pop()
+        nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))
+        names = {n.id if isinstance(n, ast.Name) else n.attr for n in nodes if isinstance(n, ast.Name | ast.Attribute)}
+        found[function.__qualname__] = names
+        scopes = (function.__globals__, vars(reasoning_gym_utils), {name: getattr(cls, name, None) for name in names})
+        for target in (scope.get(name) for scope in scopes for name in names):
+            reached = inspect.isfunction(target) and target.__module__.startswith("reasoning_gym")
+            if reached and target.__qualname__ not in found:
+                waiting.append(target)
+    return found
+
+
+RUNS_TEXT = {"eval", "exec", "compile", "parse_expr", "sympify", "__import__", "import_module", "literal_eval", "loads"}
+
+
+def test_no_verifier_runs_an_answer_as_code():
+    """Where one did, an answer that patches the verifier made every later answer in that worker right."""
+    found = {dataset: names_that_verify(dataset) for dataset in ALLOWED}
+    assert not {(d, f) for d, functions in found.items() for f, names in functions.items() if names & RUNS_TEXT}
+    assert "compute_decimal_reward" in found["chain_sum"] and "verify_cryptarithm_solution" in found["cryptarithm"]
+    for dataset in (
+        "binary_matrix",
+        "n_queens",
+        "spiral_matrix",
+        "string_insertion",
+        "countdown",
+        "bitwise_arithmetic",
+    ):
+        assert any(names & RUNS_TEXT for names in names_that_verify(dataset).values()), "the search finds what is there"
+        with pytest.raises(ValueError, match="allow-list"):
+            logic_tasks(dataset, size=1, seed=0)
 
 
 def test_logic_answers_must_be_tagged_after_the_thinking_part():
