@@ -21,12 +21,12 @@ from megatron_m1.config import Config, ConfigError, load_config
 from megatron_m1.config.schema import ParallelConfig
 from megatron_m1.engine.cluster import DEVICES, Cluster
 from megatron_m1.engine.flops import count_parameters, decode_flops
-from megatron_m1.engine.memory import estimate_memory, stage_layers
+from megatron_m1.engine.memory import RESERVE_GIB, estimate_memory, stage_layers
 from megatron_m1.engine.rates import read_rates
 from megatron_m1.engine.step_time import stage_balance
 from megatron_m1.planning import Plan, Refusal, Search, plan_layout, search
 from megatron_m1.planning.generation_flops import flops_curve, r1_decode_flops, r1_multiplied_parameters
-from megatron_m1.planning.search import RESERVE_GIB, layout_name, needed_gib, recompute_variants, smallest_cluster
+from megatron_m1.planning.search import layout_name, recompute_variants, smallest_cluster
 
 GIB = 2**30
 CURVE_LENGTHS = [8192, 16384, 32768, 65536, 80000, 100_000, 131_072]
@@ -43,15 +43,19 @@ def main(argv: list[str]) -> int:
         if options.layout:
             parallel = parse_layout(options.layout, config)
             found = plan_layout(config, cluster, parallel, **limits)
-            found_json = [refusal_json(found)] if isinstance(found, Refusal) else [plan_json(found, cluster)]
-            text = found.reason if isinstance(found, Refusal) else detail(found, cluster)
+            found_json = (
+                [refusal_json(found)]
+                if isinstance(found, Refusal)
+                else [plan_json(found, cluster, options.document_tokens)]
+            )
+            text = found.reason if isinstance(found, Refusal) else detail(found, cluster, options.document_tokens)
             plans = 0 if isinstance(found, Refusal) else 1
         else:
             result = search(config, cluster, **limits)
-            found_json = [plan_json(plan, cluster) for plan in result.plans[: options.top]]
+            found_json = [plan_json(p, cluster, options.document_tokens) for p in result.plans[: options.top]]
             text, plans = table(result, config, cluster, options.top), len(result.plans)
             if not plans:
-                text += "\n" + what_would_fit(result, config, cluster, options.reserve_gib)
+                text += "\n" + what_would_fit(result, config, cluster, **limits)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -155,7 +159,7 @@ def table(result: Search, config: Config, cluster: Cluster, top: int) -> str:
         data = cluster.gpus // (parallel.tensor * parallel.pipeline * parallel.context)
         lines.append(
             f"{layout_name(parallel):20s} {data:4d} {recompute(plan.config):>20s} {plan.fullest.state / GIB:6.1f} "
-            f"{needed_gib(plan.config, cluster):6.1f} {plan.time.total:8.1f} {plan.tokens_per_s_per_gpu:9.0f} {plan.mfu:6.1%}"
+            f"{plan.needed_gib:6.1f} {plan.time.total:8.1f} {plan.tokens_per_s_per_gpu:9.0f} {plan.mfu:6.1%}"
             f"  {', '.join(f'{name} {seconds:.1f}' for name, seconds in terms)}"
         )
     lines += ["", f"{len(result.plans)} layouts fit; {len(result.refusals)} do not:"]
@@ -166,7 +170,9 @@ def table(result: Search, config: Config, cluster: Cluster, top: int) -> str:
     return "\n".join(lines)
 
 
-def what_would_fit(result: Search, config: Config, cluster: Cluster, reserve_gib: float) -> str:
+def what_would_fit(
+    result: Search, config: Config, cluster: Cluster, *, reserve_gib: float, document_tokens: int | None
+) -> str:
     """The remedy where no layout fits: GPUs with so much memory, or so many of them."""
     lines = []
     too_large = [refusal for refusal in result.refusals if refusal.rule == "memory"]
@@ -176,12 +182,12 @@ def what_would_fit(result: Search, config: Config, cluster: Cluster, reserve_gib
         lines.append(
             f"{layout_name(least.parallel)} needs least: {cluster.gpus} GPUs of {enough} GiB would do, reserve included"
         )
-    larger = smallest_cluster(config, cluster, reserve_gib=reserve_gib)
+    larger = smallest_cluster(config, cluster, reserve_gib=reserve_gib, document_tokens=document_tokens)
     if larger is not None:
         gpus, plan = larger
         lines.append(
             f"{gpus} such GPUs would do: {layout_name(plan.config.parallel)}, recompute {recompute(plan.config)}, "
-            f"{needed_gib(plan.config, dataclasses.replace(cluster, gpus=gpus)):.1f} GiB of {cluster.memory_gib:g}"
+            f"{plan.needed_gib:.1f} GiB of {cluster.memory_gib:g}"
         )
     return (
         "\n".join(lines)
@@ -189,7 +195,7 @@ def what_would_fit(result: Search, config: Config, cluster: Cluster, reserve_gib
     )
 
 
-def detail(plan: Plan, cluster: Cluster) -> str:
+def detail(plan: Plan, cluster: Cluster, document_tokens: int | None) -> str:
     """Memory by stage and kind, time by term."""
     config = plan.config
     kinds = ("weights", "gradients", "optimizer", "activations", "logits", "update", "buffers", "state", "total")
@@ -206,10 +212,11 @@ def detail(plan: Plan, cluster: Cluster) -> str:
         values = "".join(f"{getattr(estimate, kind) / GIB:12.2f}" for kind in kinds)
         lines.append(f"stage {stage:<2d}{softmax:5d}{values}")
     lines.append(
-        f"with a fifth more activations {needed_gib(config, cluster):.1f} of {cluster.memory_gib:g} GiB, the rest in reserve"
+        f"with a fifth more activations {plan.needed_gib:.1f} of {cluster.memory_gib:g} GiB, the rest in reserve"
     )
     modes = (
-        f"{recompute(variant)} {activations(variant, cluster) / GIB:.1f}" for variant in recompute_variants(config)
+        f"{recompute(variant)} {activations(variant, cluster, document_tokens) / GIB:.1f}"
+        for variant in recompute_variants(config)
     )
     lines.append(f"activations of the fullest stage by what is recomputed: {'; '.join(modes)}")
     lines += ["", f"{'seconds':>10s}"]
@@ -220,8 +227,9 @@ def detail(plan: Plan, cluster: Cluster) -> str:
     return "\n".join(lines)
 
 
-def activations(config: Config, cluster: Cluster) -> float:
-    return max(estimate.activations for estimate in estimate_memory(config, cluster.gpus))
+def activations(config: Config, cluster: Cluster, document_tokens: int | None) -> float:
+    stages = estimate_memory(config, cluster.gpus, document_tokens=document_tokens)
+    return max(estimate.activations for estimate in stages)
 
 
 def recompute(config: Config) -> str:
@@ -230,13 +238,15 @@ def recompute(config: Config) -> str:
     return ", ".join(training.recompute_modules) if training.recompute == "selective" else training.recompute
 
 
-def plan_json(plan: Plan, cluster: Cluster) -> dict:
+def plan_json(plan: Plan, cluster: Cluster, document_tokens: int | None) -> dict:
     return {
         "layout": layout_name(plan.config.parallel),
         "parallel": dataclasses.asdict(plan.config.parallel),
         "recompute": recompute(plan.config),
-        "needed_gib": needed_gib(plan.config, cluster),
-        "activation_bytes": {recompute(v): activations(v, cluster) for v in recompute_variants(plan.config)},
+        "needed_gib": plan.needed_gib,
+        "activation_bytes": {
+            recompute(v): activations(v, cluster, document_tokens) for v in recompute_variants(plan.config)
+        },
         "memory_bytes_by_stage": [dataclasses.asdict(estimate) for estimate in plan.memory],
         "seconds": dataclasses.asdict(plan.time) | {"total": plan.time.total},
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,

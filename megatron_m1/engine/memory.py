@@ -2,15 +2,22 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_m1.config.layout import derived, head_chunk_tokens
 from megatron_m1.config.schema import Config
+from megatron_m1.engine.context_exchange import keeps_attention, key_value_exchange, rank_tokens, state_exchange
 from megatron_m1.engine.flops import layer_parameters
 
-__all__ = ["MemoryEstimate", "estimate_memory", "head_chunks", "rank_tokens", "stage_layers"]
+__all__ = ["ACTIVATION_MARGIN", "RESERVE_GIB", "MemoryEstimate", "estimate_memory", "head_chunks", "stage_layers"]
 
+RESERVE_GIB = 6.0
+"""Of each GPU for the CUDA context, NCCL's own buffers and the allocator's fragmentation (3 to 6 GiB)."""
+ACTIVATION_MARGIN = 1.2
+"""For experts that get more than their share of tokens. With balanced ones the estimate of a whole rank's peak was right to 2%."""
 _FP32 = 4
+_RING_STATES = 6
+"""Times the states of a rank: in the order of their slopes, sent, received and added, and twice the result."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,23 @@ class MemoryEstimate:
     def total(self) -> float:
         return self.state + max(self.activations + self.logits, self.update) + self.buffers
 
+    @property
+    def with_margin(self) -> float:
+        """`total` with ACTIVATION_MARGIN."""
+        return replace(self, activations=ACTIVATION_MARGIN * self.activations).total
 
-def estimate_memory(config: Config, world_size: int) -> list[MemoryEstimate]:
+
+def estimate_memory(config: Config, world_size: int, *, document_tokens: int | None = None) -> list[MemoryEstimate]:
     """MemoryEstimate of a rank of every pipeline stage, first to last.
+
+    document_tokens: length of the documents that sequences are packed of; None: sequences are one document each.
 
     Parameters, gradients and optimizer state are counted exactly; activations follow from the shapes that the layers
     save, experts balanced. Not counted: the allocator's fragmentation, NCCL's own buffers, the CUDA context
     (together about 3 to 6 GiB on a GPU).
     """
-    activations, buffers = _Activations.of(config, world_size), _buffers(config, world_size)
+    activations = _Activations.of(config, world_size, document_tokens)
+    buffers = _buffers(config, world_size, document_tokens)
     types = config.model.layer_types()
     return [
         _stage(config, world_size, stage, Counter(types[i] for i in stage_layers(config, stage)), activations, buffers)
@@ -63,11 +78,6 @@ def stage_layers(config: Config, stage: int) -> list[int]:
     per_chunk = derived(config, 1).layers_per_chunk
     firsts = [(chunk * parallel.pipeline + stage) * per_chunk for chunk in range(parallel.virtual_pipeline)]
     return [first + i for first in firsts for i in range(per_chunk)]
-
-
-def rank_tokens(config: Config) -> float:
-    """Tokens of one micro-batch that a context-parallel rank holds."""
-    return config.training.seq_length * config.training.micro_batch / config.parallel.context
 
 
 def head_chunks(config: Config) -> int:
@@ -143,18 +153,23 @@ class _Activations:
     """Bytes that the backward pass of one layer needs besides: what is recomputed, and gradients."""
 
     @staticmethod
-    def of(config: Config, world_size: int) -> "_Activations":
+    def of(config: Config, world_size: int, document_tokens: int | None) -> "_Activations":
         training = config.training
         size = 2 if training.precision == "bf16" else _FP32
-        layers = {kind: _layer(config, world_size, kind) for kind in set(config.model.layer_types())}
+        layers = {kind: _layer(config, world_size, kind, document_tokens) for kind in set(config.model.layer_types())}
         gradients = _expert_gradients(config, world_size)
         if training.recompute == "full":
             hidden = rank_tokens(config) / _sequence_shards(config, world_size) * config.model.hidden_size * size
             group = min(training.recompute_layers, derived(config, world_size).layers_per_chunk)
             again = group * max(sum(parts.values()) for parts in layers.values())
-            return _Activations(dict.fromkeys(layers, hidden / group), again + gradients)
+            kept = dict.fromkeys(layers, hidden / group)
+            if keeps_attention(config) and 1 in kept:
+                kept[1] += rank_tokens(config) * _local_channels(config) * size + _sums(config)
+            return _Activations(kept, again + gradients)
         drop = training.recompute_modules if training.recompute == "selective" else []
         kept = {kind: sum(held for name, held in parts.items() if name not in drop) for kind, parts in layers.items()}
+        if "core_attn" in drop and keeps_attention(config) and 1 in kept:
+            kept[1] += _sums(config)  # the output stays for its projection anyway
         again = max((parts[name] for parts in layers.values() for name in drop), default=0.0)
         return _Activations(kept, again + gradients)
 
@@ -171,7 +186,7 @@ def _sequence_shards(config: Config, world_size: int) -> int:
     return config.parallel.tensor if derived(config, world_size).sequence_parallel else 1
 
 
-def _layer(config: Config, world_size: int, kind: int) -> dict[str, float]:
+def _layer(config: Config, world_size: int, kind: int, document_tokens: int | None) -> dict[str, float]:
     """Bytes one layer saves for its backward pass, by what can be recomputed: core_attn, moe, and the rest."""
     model, tensor = config.model, config.parallel.tensor
     sizes, tokens = derived(config, world_size), rank_tokens(config)
@@ -179,15 +194,24 @@ def _layer(config: Config, world_size: int, kind: int) -> dict[str, float]:
     residual = 4 * tokens / _sequence_shards(config, world_size) * model.hidden_size * size  # h and its norm, twice
     inner, keys = (heads * model.head_dim / tensor for heads in (model.num_attention_heads, model.num_key_value_heads))
     if kind == 1:
-        around, core = 2 * inner + 2 * keys, inner + 2 * keys  # qkv, output; rotated q, k, and v
+        around, core = 2 * inner + 2 * keys, tokens * (inner + 2 * keys) * size  # qkv, output; rotated q, k, and v
     else:
-        # qkv before SiLU, output, gate, product of gate and normed output; SiLU(qkv) does not stay.
-        around, core = 6 * inner, 0.0
+        # qkv before SiLU, output, gate, product of gate and normed output; SiLU(qkv) does not stay, the states that entered do.
+        around, core = 6 * inner, state_exchange(config, document_tokens=document_tokens).held_bytes
     # Under expert tensor parallelism every rank of the group holds the tokens of all of them.
     rows = sizes.expert_tensor * model.hidden_size + 3 * model.intermediate_size
     moe = _routed(config) * rows * size + tokens / tensor * model.hidden_size * _FP32  # and the router's fp32 input
     shared = 3 * tokens * model.shared_intermediate_size / tensor * size
-    return {"rest": residual + tokens * around * size + shared, "core_attn": tokens * core * size, "moe": moe}
+    return {"rest": residual + tokens * around * size + shared, "core_attn": core, "moe": moe}
+
+
+def _local_channels(config: Config) -> float:
+    return config.model.num_attention_heads * config.model.head_dim / config.parallel.tensor
+
+
+def _sums(config: Config) -> float:
+    """Bytes of the log-sum-exp of a softmax layer."""
+    return rank_tokens(config) * config.model.num_attention_heads / config.parallel.tensor * _FP32
 
 
 def _expert_gradients(config: Config, world_size: int) -> float:
@@ -205,17 +229,28 @@ def _routed(config: Config) -> float:
     return rank_tokens(config) / config.parallel.tensor * config.model.num_experts_per_tok
 
 
-def _buffers(config: Config, world_size: int) -> float:
+def _buffers(config: Config, world_size: int, document_tokens: int | None) -> float:
     model, parallel = config.model, config.parallel
     size = 2 if config.training.precision == "bf16" else _FP32
-    tokens, shards = rank_tokens(config), _sequence_shards(config, world_size)
-    hidden = tokens * model.hidden_size * size
+    hidden = rank_tokens(config) * model.hidden_size * size
+    shards = _sequence_shards(config, world_size)
     gathered = hidden if shards > 1 else 0.0
     neighbours = 2 * hidden / shards if parallel.pipeline > 1 else 0.0
     if parallel.context == 1:
         return gathered + neighbours
+    return gathered + neighbours + _key_value_buffers(config) + _state_buffers(config, document_tokens)
+
+
+def _key_value_buffers(config: Config) -> float:
+    exchange, size = key_value_exchange(config), 2 if config.training.precision == "bf16" else _FP32
+    if exchange.method == "all_gather":
+        # Of the whole sequence, by rank and in its order; backward the gradients in its order, by rank, and by rank in one piece.
+        return exchange.gathered_bytes / size * (2 * size + 3 * _FP32)
     # A block in use and the next one on its way; gradients of K and V travel in fp32.
-    keys = 2 * tokens * model.num_key_value_heads * model.head_dim / parallel.tensor
-    # Two chunks of every rank, forward and backward.
-    states = 2 * 2 * parallel.context * model.num_attention_heads / parallel.tensor * model.head_dim**2 * _FP32
-    return gathered + neighbours + 2 * keys * (size + _FP32) + states
+    return 2 * exchange.held_bytes / size * (size + _FP32)
+
+
+def _state_buffers(config: Config, document_tokens: int | None) -> float:
+    exchange = state_exchange(config, document_tokens=document_tokens)
+    # Gathered: two chunks of every rank, forward and backward.
+    return exchange.held_bytes * (2 * config.parallel.context if exchange.method == "all_gather" else _RING_STATES)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields, replace
 from megatron_m1.config.layout import derived
 from megatron_m1.config.schema import Config
 from megatron_m1.engine.cluster import Cluster
+from megatron_m1.engine.context_exchange import keeps_attention, key_value_exchange, rank_tokens, state_exchange
 from megatron_m1.engine.flops import layer_parameters, training_flops_per_token
-from megatron_m1.engine.memory import estimate_memory, head_chunks, rank_tokens, stage_layers
+from megatron_m1.engine.memory import estimate_memory, head_chunks, stage_layers
 
 __all__ = ["COMPUTE", "StepTime", "stage_balance", "stage_seconds", "step_time"]
 
@@ -21,7 +22,6 @@ _GATE_PASSES = 4  # over [tokens, heads, head_dim]: the norm and gate behind lig
 _ROUTED_HIDDEN_PASSES, _ROUTED_INNER_PASSES = 4, 3  # permuting, unpermuting; SwiGLU
 _SORT_PASSES = 4  # over the tokens at their experts, where a rank has several: by expert and back
 _CAST_PASSES = 3  # the same tokens to fp32, in which core adds them up over an expert-tensor group
-_AUTO_RING_BYTES = 64 << 20  # parallel/traffic.py, whose package needs torch
 _UPDATE_BYTES = 30  # per parameter: fp32 weight and both moments read and written, gradient read, 16-bit weight written
 _BF16 = 2
 
@@ -44,7 +44,7 @@ class StepTime:
     ring: float
     """K and V between context-parallel ranks: of the ring what softmax attention does not hide, an all-gather as it is."""
     states: float
-    """Lightning states between context-parallel ranks, gathered, nothing hidden."""
+    """Lightning states between context-parallel ranks, gathered or from hop to hop, nothing hidden."""
     launch: float
     """The device waiting for the host to queue layers that take it less time than that (rates.layer_host_s)."""
     imbalance: float
@@ -72,7 +72,8 @@ _RECOMPUTED = {
 def step_time(config: Config, cluster: Cluster, *, document_tokens: int | None = None) -> StepTime:
     """StepTime of a layout that `validate` accepts, in bf16, experts balanced, no network contention.
 
-    document_tokens: length of the packed documents, which softmax attention does not look beyond; None: of whole sequences.
+    document_tokens: length of the packed documents, which softmax attention does not look beyond and each of which has lightning
+    states; None: of whole sequences.
     cluster.rates says what sums of such terms were compared with.
     """
     parallel, stages = config.parallel, stage_seconds(config, cluster, document_tokens=document_tokens)
@@ -89,11 +90,16 @@ def step_time(config: Config, cluster: Cluster, *, document_tokens: int | None =
     )
 
 
-def stage_seconds(config: Config, cluster: Cluster, *, document_tokens: int | None = None) -> list[dict[str, float]]:
-    """Seconds by term that a rank of every pipeline stage, first to last, takes for one micro-batch, recomputation included."""
+def stage_seconds(
+    config: Config, cluster: Cluster, *, document_tokens: int | None = None, kept_attention: bool = True
+) -> list[dict[str, float]]:
+    """Seconds by term that a rank of every pipeline stage, first to last, takes for one micro-batch, recomputation included.
+
+    kept_attention: whether context-parallel ranks keep the result of softmax attention for recomputation. They do; False: as up to
+    version a871f37, of which there are measurements.
+    """
     parallel, types = config.parallel, config.model.layer_types()
-    attended = min(document_tokens or config.training.seq_length, config.training.seq_length)
-    layers = {kind: _layer(config, cluster, kind, attended) for kind in set(types)}
+    layers = {kind: _layer(config, cluster, kind, document_tokens, kept_attention) for kind in set(types)}
     stages = []
     for stage in range(parallel.pipeline):
         terms = dict.fromkeys((*_PER_LAYER, "head", "launch"), 0.0)
@@ -118,15 +124,20 @@ def stage_balance(config: Config) -> float:
     return sum(stages) / len(stages) / max(stages)
 
 
-def _layer(config: Config, cluster: Cluster, kind: int, attended: int) -> dict[str, float]:
+def _layer(
+    config: Config, cluster: Cluster, kind: int, document_tokens: int | None, kept_attention: bool
+) -> dict[str, float]:
     """Seconds of one layer for one micro-batch by term: forward, backward and what is recomputed."""
     training = config.training
-    compute, exchange = _compute(config, cluster, kind, attended), _exchange(config, cluster, kind)
-    if kind == 1 and _is_ring(config):
+    attended = min(document_tokens or training.seq_length, training.seq_length)
+    compute, exchange = _compute(config, cluster, kind, attended), _exchange(config, cluster, kind, document_tokens)
+    if kind == 1 and key_value_exchange(config).method != "all_gather":
         hidden = zip(exchange["ring"], compute["softmax"])
         exchange["ring"] = tuple(max(0.0, sent - computed) for sent, computed in hidden)
     modules = {"none": [], "full": ["full"], "selective": training.recompute_modules}[training.recompute]
     again = frozenset().union(*(_RECOMPUTED[module] for module in modules))
+    if kept_attention and keeps_attention(config):
+        again -= {"softmax", "ring"}
     terms = {
         name: backward + forward * (2 if name in again else 1)
         for name, (forward, backward) in (compute | exchange).items()
@@ -173,7 +184,7 @@ def _compute(config: Config, cluster: Cluster, kind: int, attended: int) -> dict
     return terms
 
 
-def _exchange(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[float, ...]]:
+def _exchange(config: Config, cluster: Cluster, kind: int, document_tokens: int | None) -> dict[str, tuple[float, ...]]:
     """(forward, backward) seconds of the communication inside one layer, nothing hidden."""
     model, parallel = config.model, config.parallel
     sizes, tokens = derived(config, cluster.gpus), rank_tokens(config)
@@ -199,23 +210,14 @@ def _exchange(config: Config, cluster: Cluster, kind: int) -> dict[str, tuple[fl
         "all_to_all": (exchange, exchange),
     }
     if kind == 1:
-        block = 2 * tokens * model.num_key_value_heads * model.head_dim / tensor  # K and V
-        forward = cluster.collective_s(block * _BF16 * (context - 1), peers=context, stride=tensor)
+        received = key_value_exchange(config).in_turn_bytes
+        forward = cluster.collective_s(received, peers=context, stride=tensor)
         terms["ring"] = (forward, 3 * forward)  # K, V and their fp32 gradients
     else:
-        state = 4 * model.num_attention_heads / tensor * model.head_dim**2
-        gathered = cluster.collective_s(2 * (context - 1) * state, peers=context, stride=tensor)
-        terms["states"] = (gathered, gathered)
+        received = state_exchange(config, document_tokens=document_tokens).in_turn_bytes
+        states = cluster.collective_s(received, peers=context, stride=tensor)
+        terms["states"] = (states, states)
     return terms
-
-
-def _is_ring(config: Config) -> bool:
-    """Whether K and V go round while attention works, or are gathered before."""
-    model, parallel = config.model, config.parallel
-    if parallel.context_softmax != "auto":
-        return parallel.context_softmax != "all_gather"
-    gathered = 2 * rank_tokens(config) * parallel.context * model.num_key_value_heads * model.head_dim / parallel.tensor
-    return gathered * _BF16 > _AUTO_RING_BYTES
 
 
 def _sequence_shards(config: Config) -> int:

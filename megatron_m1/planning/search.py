@@ -9,27 +9,20 @@ from megatron_m1.config import Config, ConfigError, derived, validate
 from megatron_m1.config.schema import CheckpointConfig, ParallelConfig
 from megatron_m1.engine.cluster import Cluster
 from megatron_m1.engine.flops import training_flops_per_token
-from megatron_m1.engine.memory import MemoryEstimate, estimate_memory
+from megatron_m1.engine.memory import RESERVE_GIB, MemoryEstimate, estimate_memory
 from megatron_m1.engine.step_time import StepTime, step_time
 
 __all__ = [
-    "ACTIVATION_MARGIN",
-    "RESERVE_GIB",
     "Plan",
     "Refusal",
     "Search",
     "layout_name",
-    "needed_gib",
     "padded",
     "plan_layout",
     "search",
     "smallest_cluster",
 ]
 
-RESERVE_GIB = 6.0
-"""Of each GPU for the CUDA context, NCCL's own buffers and the allocator's fragmentation (3 to 6 GiB)."""
-ACTIVATION_MARGIN = 1.2
-"""For experts that get more than their share of tokens. With balanced ones the estimate of a whole rank's peak was right to 1%."""
 _GIB = 2**30
 _LEAST_TOKENS = 8192  # of a context-parallel rank: the rates of cluster.py were measured with no fewer
 _MOST_CHUNKS = 5  # model chunks of a pipeline rank
@@ -60,6 +53,11 @@ class Plan:
     def fullest(self) -> MemoryEstimate:
         """The stage that needs most."""
         return max(self.memory, key=lambda estimate: estimate.total)
+
+    @property
+    def needed_gib(self) -> float:
+        """Memory of the fullest stage with the margin for activations, without the reserve."""
+        return _needed(self.memory)
 
 
 @dataclass(frozen=True)
@@ -103,11 +101,13 @@ def search(
     return Search(plans, refusals)
 
 
-def smallest_cluster(config: Config, cluster: Cluster, *, reserve_gib: float = RESERVE_GIB) -> tuple[int, Plan] | None:
+def smallest_cluster(
+    config: Config, cluster: Cluster, *, reserve_gib: float = RESERVE_GIB, document_tokens: int | None = None
+) -> tuple[int, Plan] | None:
     """GPUs, in doublings of cluster.gpus, with which a layout fits, and the fastest; None if 16 times as many do not help."""
     for doublings in range(1, _MOST_DOUBLINGS + 1):
         larger = replace(cluster, gpus=cluster.gpus << doublings)
-        plans = search(config, larger, reserve_gib=reserve_gib).plans
+        plans = search(config, larger, reserve_gib=reserve_gib, document_tokens=document_tokens).plans
         if plans:
             return larger.gpus, plans[0]
     return None
@@ -134,10 +134,11 @@ def plan_layout(
         return Refusal(parallel, reason.split("=", 1)[0], reason)
     training, config = config.training, padded(config, document_tokens)
     variants, room = recompute_variants(config), cluster.memory_gib - reserve_gib
-    least = estimate_memory(variants[-1], cluster.gpus)
+    least = estimate_memory(variants[-1], cluster.gpus, document_tokens=document_tokens)
     if max(estimate.state for estimate in least) / _GIB > room:
         return Refusal(parallel, "memory", _too_much(variants[-1], least, cluster, reserve_gib), _needed(least))
-    memory = [*(estimate_memory(variant, cluster.gpus) for variant in variants[:-1]), least]
+    others = (estimate_memory(variant, cluster.gpus, document_tokens=document_tokens) for variant in variants[:-1])
+    memory = [*others, least]
     fitting = [pair for pair in zip(variants, memory) if _needed(pair[1]) <= room]
     if not fitting:
         return Refusal(parallel, "memory", _too_much(variants[-1], least, cluster, reserve_gib), _needed(least))
@@ -159,11 +160,6 @@ def padded(config: Config, document_tokens: int | None) -> Config:
     shared = math.lcm(unit, parallel.tensor * parallel.context)
     length = math.ceil((training.seq_length + padding) / shared) * shared
     return replace(config, training=replace(training, seq_length=length))
-
-
-def needed_gib(config: Config, cluster: Cluster) -> float:
-    """Memory of the fullest stage with the margin for activations, without the reserve."""
-    return _needed(estimate_memory(config, cluster.gpus))
 
 
 def layout_name(parallel: ParallelConfig) -> str:
@@ -206,15 +202,11 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
 
 
 def _needed(stages: list[MemoryEstimate]) -> float:
-    return max(_with_margin(estimate) for estimate in stages) / _GIB
-
-
-def _with_margin(estimate: MemoryEstimate) -> float:
-    return replace(estimate, activations=ACTIVATION_MARGIN * estimate.activations).total
+    return max(estimate.with_margin for estimate in stages) / _GIB
 
 
 def _too_much(config: Config, stages: list[MemoryEstimate], cluster: Cluster, reserve_gib: float) -> str:
-    stage, fullest = max(enumerate(stages), key=lambda pair: _with_margin(pair[1]))
+    stage, fullest = max(enumerate(stages), key=lambda pair: pair[1].with_margin)
     kinds = ("weights", "gradients", "optimizer", "activations", "logits", "update", "buffers")
     parts = ", ".join(f"{kind} {getattr(fullest, kind) / _GIB:.1f}" for kind in kinds)
     remedy = "more pipeline, expert or tensor ranks"
@@ -223,7 +215,7 @@ def _too_much(config: Config, stages: list[MemoryEstimate], cluster: Cluster, re
     elif derived(config, cluster.gpus).data > 1 and fullest.optimizer > fullest.weights + fullest.gradients:
         remedy = "more expert or pipeline ranks, or more GPUs to share the optimizer"
     return (
-        f"stage {stage} needs {_with_margin(fullest) / _GIB:.1f} GiB with full recomputation ({parts}, a fifth more for "
+        f"stage {stage} needs {fullest.with_margin / _GIB:.1f} GiB with full recomputation ({parts}, a fifth more for "
         f"activations) and {reserve_gib:g} GiB in reserve, above the {cluster.memory_gib:g} GiB of a GPU; use {remedy}."
     )
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_m1.engine.memory import estimate_memory, head_chunks, stage_layers
 
 GIB = 2**30
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
 
 
 @pytest.mark.parametrize(
@@ -99,10 +101,63 @@ def test_logits_of_one_chunk():
 
 
 def test_context_ranks_share_the_optimizer_and_the_tokens():
-    one, two = estimate_memory(tiny(), 2)[0], estimate_memory(tiny(context=2), 2)[0]
-    assert two.state == one.state and two.activations == one.activations / 2
-    # 8-token blocks of K and V (2 x 2 heads x 8), twice, with fp32 gradients; states of 4 heads, 2 chunks x 2 ranks x 2 passes.
-    assert one.buffers == 0 and two.buffers == 2 * (2 * 16 * 16) * (2 + 4) + 2 * 2 * 2 * 4 * 8 * 8 * 4
+    one, two = estimate_memory(tiny(), 2)[0], estimate_memory(tiny(context=2, context_softmax="ring"), 2)[0]
+    # Each of 7 lightning layers keeps the states that entered its two chunks: 4 heads of 8 x 8 fp32 numbers.
+    states = 2 * 4 * 8 * 8 * 4
+    assert two.state == one.state and two.activations == one.activations / 2 + 7 * states
+    # 16-token blocks of K and V (2 x 2 heads x 8), twice, with fp32 gradients; states of two ranks, forward and backward.
+    assert one.buffers == 0 and two.buffers == 2 * (2 * 16 * 16) * (2 + 4) + 2 * 2 * states
+
+
+def test_keys_and_values_gathered_or_from_rank_to_rank():
+    ring, gathered, chosen = (
+        estimate_memory(tiny(context=4, context_softmax=method), 4)[0] for method in ("ring", "all_gather", "auto")
+    )
+    numbers = 2 * 32 * 2 * 8  # K and V of 32 tokens, 2 heads of 8
+    # Two bf16 copies of all of them and three of their gradients in fp32, against two blocks of a quarter of the tokens.
+    assert gathered.buffers - ring.buffers == numbers * (2 * 2 + 3 * 4) - 2 * numbers / 4 * (2 + 4)
+    assert chosen == gathered and ring.activations == gathered.activations
+    long = tiny(context=4)
+    long.training.seq_length = 2**22  # 2**27 numbers, 256 MiB
+    assert estimate_memory(long, 4) == estimate_memory(with_method(long, "ring"), 4)
+    assert estimate_memory(long, 4)[0].buffers < estimate_memory(with_method(long, "all_gather"), 4)[0].buffers
+
+
+def with_method(config, method):
+    return replace(config, parallel=replace(config.parallel, context_softmax=method))
+
+
+def test_states_of_many_documents():
+    """512 a head and lightning layer where all of 256 documents cross all borders of 32 ranks; two where the pack is cut as a whole."""
+    million = ["--config", f"{CONFIGS}/m1_456b.yaml", "--config", f"{CONFIGS}/m1_456b_1m_512gpu.yaml"]
+    document = load_config([*million, "--parallel.context_layout=document", "--training.recompute=none"])
+    pack = load_config([*million, "--training.recompute=none"])
+    one, many, cut = (
+        estimate_memory(config, 512, document_tokens=tokens)[1]
+        for config, tokens in ((document, None), (document, 4096), (pack, 4096))
+    )
+    state = 8 * 128 * 128 * 4
+    assert cut == one
+    held = 2 * (2**20 / (4096 + 31.5)) * state  # half of 63 tokens is the padding of a document, which seq_length has
+    assert held == pytest.approx(256 * 2**20, rel=0.01)
+    # 35 of the 40 layers, with 10 of 5 chunks in flight at most: 9/5 of a micro-batch on the last stage.
+    assert many.activations - one.activations == pytest.approx(9 / 5 * 35 * (held - 2 * state))
+    # Gathered from 32 ranks, twice, or handed on: 8 GiB would be gathered.
+    assert many.buffers - one.buffers == pytest.approx(6 * held - 2 * 32 * 2 * state)
+
+
+def test_recomputation_keeps_the_result_of_attention_over_context_ranks():
+    def activations(context, recompute, method="ring"):
+        config = tiny(context=context, context_softmax=method)
+        config.training.recompute, config.training.recompute_modules = recompute, ["core_attn"]
+        return estimate_memory(config, 4)[0].activations
+
+    tokens, heads, one_layer = 16, 4, 1
+    sums = one_layer * tokens * heads * 4
+    assert activations(2, "full") - activations(2, "full", "transformer_engine") == tokens * heads * 8 * 2 + sums
+    # Its output is kept for the projection in any case.
+    assert activations(2, "selective") - activations(2, "selective", "transformer_engine") == sums
+    assert activations(1, "full") == activations(1, "full", "transformer_engine")
 
 
 def tiny(**parallel):

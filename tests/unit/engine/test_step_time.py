@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_m1.engine import context_exchange
 from megatron_m1.engine import step_time as step_time_module
 from megatron_m1.engine.cluster import Cluster
 from megatron_m1.engine.rates import Rates
@@ -22,6 +23,7 @@ MODEL = ModelConfig(
     vocab_size=1000, hidden_size=100, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=50,
     intermediate_size=30, num_local_experts=4, num_experts_per_tok=2, attn_type_list=[0, 0, 0, 1],
 )  # fmt: skip
+SLOW_LINKS = replace(CLUSTER, nvlink_gb_per_s=1e-5)
 TOKENS = 4096
 COMPUTE = ("gemm", "experts", "lightning", "softmax", "elementwise", "head")
 
@@ -130,6 +132,77 @@ def test_communication_between_context_ranks():
     assert step_time(config(context=8), CLUSTER).states > 10 * time.states  # over the network
 
 
+def test_states_of_many_documents():
+    one, document, short, long = (
+        step_time(config(context=4, context_layout=layout), CLUSTER, document_tokens=tokens).states
+        for layout, tokens in (("sequence", None), ("document", 128), ("sequence", 512), ("sequence", 513))
+    )
+    # Each of them, with 3.5 tokens of padding, crosses all borders.
+    assert document == pytest.approx(TOKENS / (128 + 3.5) * one)
+    # No document of a pack that is no longer than a chunk crosses two borders: two neighbours' states and none of 6 others.
+    assert short == pytest.approx(one / 3) and long == one
+    ring = step_time(
+        config(context=4, context_layout="document", context_lightning="ring"), CLUSTER, document_tokens=128
+    )
+    assert ring.states == document
+
+
+def test_which_exchange_auto_takes():
+    methods = [
+        context_exchange.state_exchange(million(layout), document_tokens=4096).method
+        for layout in ("sequence", "document")
+    ]
+    assert methods == ["all_gather", "ring"]
+    keys = [context_exchange.key_value_exchange(million("sequence", length)).method for length in (2**17, 2**17 + 64)]
+    assert keys == ["all_gather", "ring"]  # 64 MiB of one head of 128, bf16
+
+
+def million(layout, length=2**20):
+    parallel = ParallelConfig(tensor=8, context=32, context_layout=layout)
+    return Config(parallel=parallel, training=TrainingConfig(seq_length=length))
+
+
+def test_recomputation_does_not_repeat_attention_over_context_ranks():
+    def terms(method, modules, **options):
+        cut = config(context=4, context_softmax=method, recompute="selective", modules=modules)
+        return step_time_module.stage_seconds(cut, SLOW_LINKS, **options)[0]
+
+    for modules in (["moe"], ["core_attn"]):
+        assert terms("ring", modules)["softmax"] == terms("ring", ["moe"])["softmax"]
+        assert terms("all_gather", modules)["ring"] == terms("all_gather", ["moe"])["ring"] > 0
+    plain = terms("ring", ["core_attn"])
+    for repeated in (terms("ring", ["core_attn"], kept_attention=False), terms("transformer_engine", ["core_attn"])):
+        assert repeated["softmax"] > 1.2 * plain["softmax"] and repeated["ring"] > 1.2 * plain["ring"]
+        assert repeated["states"] == plain["states"] and repeated["lightning"] == plain["lightning"]
+
+
+def test_both_exchanges_choose_as_the_layers_do():
+    """By the code that runs, over sizes around the limit."""
+    import torch
+
+    from megatron_m1.model.softmax import _method
+    from megatron_m1.parallel import SequenceLayout
+    from megatron_m1.parallel.lightning_exchange import exchange_method
+    from megatron_m1.parallel.state_chain import state_chains
+
+    taken = set()
+    for context, documents in ((4, 1), (4, 64), (4, 128), (16, 16), (16, 32)):
+        length = documents * 1024
+        cut = million("document", length)
+        cut.parallel.context = context
+        edges = range(0, length + 1, 1024)
+        layout = SequenceLayout.per_document(world=context, rank=0, cu_seqlens=list(edges))
+        chains = state_chains(layout, torch.device("cpu"))
+        state_bytes = 8 * 128 * 128 * 4
+        unpadded = 1024 - (2 * context - 1) / 2
+        found = context_exchange.state_exchange(cut, document_tokens=unpadded if documents > 1 else None).method
+        assert found == exchange_method("auto", chains=chains, world=context, state_bytes=state_bytes)
+        keys = torch.empty(1, length // context, 1, 128, dtype=torch.bfloat16, device="meta")
+        taken |= {found, context_exchange.key_value_exchange(cut).method}
+        assert context_exchange.key_value_exchange(cut).method == _method("auto", keys, world=context)
+    assert taken == {"ring", "all_gather"}
+
+
 def test_pipeline_terms_add_up_to_the_schedule():
     """1F1B takes (micro-batches - 1) of the slowest stage and one of every stage; interleaving divides the rest."""
     for chunks in (1, 2):
@@ -157,7 +230,7 @@ def test_gradients_hide_behind_the_last_micro_batch():
 def test_the_ring_is_taken_from_the_size_on_from_which_the_layers_take_it():
     from megatron_m1.parallel.traffic import AUTO_RING_BYTES
 
-    assert step_time_module._AUTO_RING_BYTES == AUTO_RING_BYTES
+    assert context_exchange.AUTO_RING_BYTES == AUTO_RING_BYTES
 
 
 def test_attention_does_not_look_beyond_a_document():

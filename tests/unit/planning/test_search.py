@@ -4,9 +4,10 @@ import pytest
 
 from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_m1.engine.cluster import DEVICES
+from megatron_m1.engine.memory import ACTIVATION_MARGIN, estimate_memory
 from megatron_m1.engine.rates import Rates
 from megatron_m1.planning import Plan, Refusal, plan_layout, search
-from megatron_m1.planning.search import ACTIVATION_MARGIN, layout_name, needed_gib, padded, smallest_cluster
+from megatron_m1.planning.search import layout_name, padded, smallest_cluster
 
 MODEL = ModelConfig(
     vocab_size=512, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
@@ -16,6 +17,10 @@ MODEL = ModelConfig(
 CLUSTER = replace(DEVICES["H800"], gpus=8, gpus_per_node=2, rates=Rates(layer_host_s=0))
 CONFIG = Config(model=MODEL, training=TrainingConfig(seq_length=16384, global_batch=8))
 GIB = 2**30
+
+
+def needed_gib(config: Config) -> float:
+    return max(stage.with_margin for stage in estimate_memory(config, CLUSTER.gpus)) / GIB
 
 
 def test_every_layout_is_ranked_or_refused():
@@ -30,7 +35,7 @@ def test_every_layout_is_ranked_or_refused():
     # PP4 with EP x ETP of 4 or more (5 layouts), PP2, EP4, ETP2 (4)
     assert result.rules() == {"world_size": 9}
     for plan in result.plans:
-        assert needed_gib(plan.config, CLUSTER) + 6 <= CLUSTER.memory_gib
+        assert plan.needed_gib == needed_gib(plan.config) <= CLUSTER.memory_gib - 6
 
 
 def test_memory_decides_the_recomputation_and_then_refuses():
@@ -38,7 +43,7 @@ def test_memory_decides_the_recomputation_and_then_refuses():
     needed = {}
     for mode in ("none", "full"):
         config = replace(CONFIG, training=replace(CONFIG.training, recompute=mode))
-        needed[mode] = needed_gib(config, CLUSTER) + 6
+        needed[mode] = needed_gib(config) + 6
     plan = plan_layout(CONFIG, CLUSTER, parallel)
     assert isinstance(plan, Plan) and plan.config.training.recompute == "none"
     (estimate,) = plan.memory
@@ -58,8 +63,7 @@ def test_experts_alone_are_recomputed_where_that_is_enough():
     config = replace(CONFIG, model=model)
     by_modules = {
         modules: needed_gib(
-            replace(config, training=replace(config.training, recompute="selective", recompute_modules=list(modules))),
-            CLUSTER,
+            replace(config, training=replace(config.training, recompute="selective", recompute_modules=list(modules)))
         )
         for modules in (("core_attn",), ("moe",), ("core_attn", "moe"))
     }
