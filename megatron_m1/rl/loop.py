@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_m1 import platform
+from megatron_m1.config.errors import ConfigError
 from megatron_m1.config.load import load_config
 from megatron_m1.config.schema import Config, RLConfig
 from megatron_m1.config.validate import validate_rl
@@ -26,6 +27,12 @@ def main(argv: list[str]) -> None:
     """`megatron_m1 rl`: options as in config/load.py; run alone or under torchrun."""
     config = load_config(argv)
     validate_rl(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if config.checkpoint.load is not None and not Path(config.checkpoint.load).is_dir():
+        raise ConfigError(
+            f"checkpoint.load={config.checkpoint.load} does not exist; name a checkpoint whose policy is right now and then. "
+            "RL_QUICKSTART_STEPS=0 bash examples/rl_quickstart.sh makes the one of examples/configs/rl_tiny_cpu.yaml, with "
+            "RL_QUICKSTART_TASK=reasoning_gym that of rl_reasoning_gym_cpu.yaml."
+        )
     for cap in {stage.is_weight_cap for stage in config.rl.windows} | {None}:
         loss_settings(config.rl if cap is None else replace(config.rl, is_weight_cap=cap))
     platform.setup()
