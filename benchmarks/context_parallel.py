@@ -59,7 +59,8 @@ TINY = (
     *("--model.head_dim", "16", "--model.intermediate_size", "64", "--model.num_local_experts", "4"),
     *("--parallel.pipeline", "1", "--parallel.virtual_pipeline", "1", "--parallel.expert", "1"),
     *("--training.steps", "1", "--training.global_batch", "1", "--training.recompute", "none"),
-    *("--data.document_boundaries", "ignore", "--checkpoint.save", "null", "--data.valid", "[]"),
+    *("--data.document_boundaries", "ignore", "--data.valid", "[]", "--data.num_workers", "0"),
+    *("--checkpoint.save", "null", "--checkpoint.every_steps", "0", "--logging.layer_stats_every_steps", "0"),
 )
 """The CPU twin of the million-token preset, made small enough for one softmax layer over the whole sequence to be affordable, cut
 over context-parallel ranks alone, without recomputation (which would repeat that layer)."""

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from megatron_m1.config import from_yaml, load_config, validate
+from megatron_m1.config.layout import head_chunk_tokens
 from megatron_m1.engine.cluster import DEVICES
 from megatron_m1.engine.schedule import consumed_samples, learning_rate
 from megatron_m1.engine.step_time import step_time
 from megatron_m1.generation.blocks import blocks_for
 from megatron_m1.generation.cache import HybridCache
+from megatron_m1.model.softmax import _method
+from megatron_m1.parallel.lightning_exchange import exchange_method
+from megatron_m1.parallel.sequence_layout import SequenceLayout
+from megatron_m1.parallel.state_chain import state_chains
 from megatron_m1.rl.dry_run import rollout_memory
 
 ROOT = Path(__file__).parents[2]
@@ -296,17 +300,57 @@ def test_presets_are_valid(name, world_size):
     validate(from_yaml(CONFIGS / f"{name}.yaml"), world_size)
 
 
+# What the twin has smaller than the preset: on or off (group sizes: above 1 or not) as there.
+SIZES = (
+    "model.vocab_size model.hidden_size model.num_hidden_layers model.num_attention_heads model.num_key_value_heads model.head_dim "
+    "model.intermediate_size model.num_local_experts model.rotary_dim parallel.virtual_pipeline parallel.context parallel.expert "
+    "parallel.timeout_s training.steps training.global_batch training.seq_length optimizer.lr schedule.warmup_steps data.num_workers "
+    "evaluation.every_steps checkpoint.save checkpoint.every_steps checkpoint.keep logging.dir logging.layer_stats_every_steps"
+).split()
+# What it has otherwise: bf16 would be slow; eight processes would be many; its data are drawn.
+OTHERWISE = (
+    "model.attn_type_list parallel.tensor parallel.sequence training.precision training.head_chunk_tokens "
+    "data.train data.valid data.tokenizer data.mock"
+).split()
+# `auto` in the preset, by name in the twin, whose sizes would resolve it otherwise: compared by what is chosen.
+RESOLVED = ["parallel.context_lightning", "parallel.context_softmax"]
+
+
+def chosen_methods(config):
+    """How states travel, how keys and values, and whether the head's logits are computed in chunks."""
+    model, parallel, training = config.model, config.parallel, config.training
+    world, length = parallel.context, training.seq_length
+    chains = state_chains(SequenceLayout.dense(world=world, rank=0, rows=1, tokens=length), torch.device("cpu"))
+    state_bytes = 4 * model.num_attention_heads // parallel.tensor * model.head_dim**2
+    states = exchange_method(parallel.context_lightning, chains=chains, world=world, state_bytes=state_bytes)
+    heads, dtype = model.num_key_value_heads // parallel.tensor, {"bf16": torch.bfloat16, "fp32": torch.float32}
+    keys = torch.empty(1, length // world, heads, model.head_dim, dtype=dtype[training.precision], device="meta")
+    return states, _method(parallel.context_softmax, keys, world=world), head_chunk_tokens(config) < length // world
+
+
 def test_the_twin_of_the_million_token_preset_turns_the_same_switches():
-    names = ("m1_456b_1m_512gpu", "tiny_cpu_1m")
-    preset, twin = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in names)
-    assert set(preset["parallel"]) == set(twin["parallel"])
-    assert set(preset["training"]) - {"grad_reduce_dtype"} <= set(
-        twin["training"]
-    )  # fp32 gradients need no word in fp32
-    files = [option for name in ("tiny_cpu", "tiny_cpu_1m") for option in ("--config", str(CONFIGS / f"{name}.yaml"))]
-    config = load_config(files)
-    validate(config, 4)
-    assert config.training.head_chunk_tokens < config.training.seq_length // config.parallel.context
+    preset = stage_config("context_1m", 512)
+    twin = load_config(
+        [part for name in ("tiny_cpu", "tiny_cpu_1m") for part in ("--config", f"{CONFIGS}/{name}.yaml")]
+    )
+    assert chosen_methods(preset) == chosen_methods(twin) == ("all_gather", "ring", True)
+    assert (preset.training.precision, twin.training.precision) == ("bf16", "fp32")
+    assert set(preset.model.layer_types()) == set(twin.model.layer_types()) == {0, 1}
+    differing = []
+    for section in vars(preset):
+        for name, value in vars(getattr(preset, section)).items():
+            key, ours = f"{section}.{name}", getattr(getattr(twin, section), name)
+            if key in SIZES:
+                off = 1 if section == "parallel" else 0
+                same = (value in (off, None)) == (ours in (off, None))
+            else:
+                same = value == ours
+            if not same:
+                differing.append(key)
+    assert sorted(differing) == sorted([*OTHERWISE, *RESOLVED])
+    validate(twin, 4)
+    twin.parallel.tensor, twin.parallel.sequence = 2, True
+    validate(twin, 8)
 
 
 def test_tiny_cpu_is_what_scripts_rely_on():
