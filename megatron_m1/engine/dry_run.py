@@ -1,5 +1,6 @@
 """`pretrain --dry-run`: what a configuration would do on a given number of ranks, without a GPU or a process group."""
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,8 +8,9 @@ from types import MappingProxyType
 
 from megatron_m1.config import Config, ConfigError, derived, load_config, rank_groups, to_yaml, validate
 from megatron_m1.engine.cluster import DEVICES
+from megatron_m1.engine.context_exchange import AUTO_RING_BYTES, key_value_exchange, state_exchange
 from megatron_m1.engine.flops import count_parameters, training_flops_per_token
-from megatron_m1.engine.memory import estimate_memory, stage_layers
+from megatron_m1.engine.memory import RESERVE_GIB, estimate_memory, stage_layers
 from megatron_m1.engine.schedule import consumed_samples, global_batch_at, learning_rate
 from megatron_m1.engine.step_time import step_time
 
@@ -109,9 +111,31 @@ def _layout(config: Config, world_size: int) -> str:
     lines.append(
         f"sequence parallelism {sequence}; {sizes.micro_batches} micro-batches per step and data-parallel rank"
     )
+    if config.parallel.context > 1:
+        lines.append(_context(config))
     if config.moe.aux_loss != "none":
         lines.append(_balance(config, sizes.data))
     return "\n".join(lines)
+
+
+def _context(config: Config) -> str:
+    """How context-parallel ranks hand each other states, keys and values."""
+    parallel, states, keys = config.parallel, state_exchange(config), key_value_exchange(config)
+    named = {}
+    for key, exchange in (("context_lightning", states), ("context_softmax", keys)):
+        asked, gathered = getattr(parallel, key), exchange.gathered_bytes / 2**20
+        named[key] = exchange.method
+        if asked == "auto":
+            named[key] += f" (auto: {gathered:.3g} MiB gathered a layer, limit {AUTO_RING_BYTES >> 20})"
+    text = (
+        f"context exchange: lightning states {named['context_lightning']}; keys and values {named['context_softmax']}"
+    )
+    if parallel.context_layout == "document":
+        text += (
+            f"; every document of a sequence has {states.held_bytes / 2**20:.3g} MiB of states a layer, and one is counted here: "
+            "tools/plan_layout.py --document-tokens counts more"
+        )
+    return text
 
 
 def _balance(config: Config, data: int) -> str:
@@ -201,7 +225,26 @@ def _warnings(config: Config, world_size: int) -> str:
             f"training.grad_reduce_dtype=bf16 sums up to {micro_batches} micro-batches per step and rank in bf16, which loses "
             "increments below 1/256 of the sum; use fp32, more data-parallel ranks or a larger training.micro_batch."
         )
+    method = config.parallel.context_softmax
+    if config.parallel.context > 1 and method == "transformer_engine":
+        lines.append(
+            "parallel.context_softmax=transformer_engine needs Transformer Engine, which is not installed here; install "
+            "transformer-engine[pytorch] 2.2 or later where the run starts, or use auto, ring or all_gather."
+        )
+    stages = estimate_memory(config, world_size)
+    stage, fullest = max(enumerate(stages), key=lambda pair: pair[1].with_margin)
+    needed, memory = fullest.with_margin / _GIB, DEVICES[_DEVICE].memory_gib
+    if needed + RESERVE_GIB > memory:
+        lines.append(
+            f"stage {stage} needs {needed:.1f} GiB, a fifth more for activations included, and {RESERVE_GIB:g} GiB in reserve, above "
+            f"the {memory:g} GiB of an {_DEVICE}: it will run out of memory there; tools/plan_layout.py --gpus {world_size} "
+            f"--seq-length {training.seq_length} lists layouts that fit, or use GPUs with more memory."
+        )
     return "\n".join(lines)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _ranks(group: list[int]) -> str:

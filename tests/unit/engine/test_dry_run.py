@@ -1,10 +1,15 @@
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 
-from megatron_m1.config import ConfigError
-from megatron_m1.engine.dry_run import main
+from megatron_m1.config import ConfigError, from_yaml
+from megatron_m1.engine.cluster import DEVICES
+from megatron_m1.engine.dry_run import dry_run_report, main
+from megatron_m1.engine.memory import RESERVE_GIB, estimate_memory
 
 LAYOUT = ["--parallel.tensor=8", "--parallel.pipeline=8", "--parallel.expert=8", "--parallel.expert_tensor=1"]
 
@@ -43,6 +48,55 @@ def test_warns_of_many_micro_batches_summed_in_bf16(micro_batches, dtype, warned
     main([f"--training.global_batch={micro_batches}", f"--training.grad_reduce_dtype={dtype}"])
     warning = f"grad_reduce_dtype=bf16 sums up to {micro_batches} micro-batches per step and rank in bf16"
     assert (warning in capsys.readouterr().out) == warned
+
+
+FILES = "examples/configs/m1_456b"
+
+
+def report(capsys, *names, options=(), world_size=512):
+    files = [option for name in names for option in ("--config", f"{FILES}{name}.yaml")]
+    main([*files, *options, "--checkpoint.every_steps=0", f"--world-size={world_size}"])
+    return capsys.readouterr().out
+
+
+def test_warns_of_a_layout_that_does_not_fit(capsys):
+    text = report(capsys, "", "_context_1m")
+    assert "\nstage 0 needs 255." in text and "6 GiB in reserve, above the 79.6 GiB of an H800: it will run out" in text
+    assert "tools/plan_layout.py --gpus 512 --seq-length 1048576 lists layouts that fit" in text
+    assert "above the 79.6" not in report(capsys, "", "_1m_512gpu", "_context_1m")
+
+
+def test_the_reserve_and_the_margin_count(capsys, monkeypatch):
+    config = from_yaml(f"{FILES}.yaml")
+    needed = max(stage.with_margin for stage in estimate_memory(config, 512)) / 2**30
+    for spare, warned in ((-0.01, True), (0.01, False)):
+        device = replace(DEVICES["H800"], memory_gib=needed + RESERVE_GIB + spare)
+        monkeypatch.setitem(DEVICES, "H800", device)
+        assert ("it will run out of memory" in dry_run_report(config, 512)) == warned
+
+
+def test_says_how_context_ranks_exchange(capsys):
+    text = report(capsys, "", "_1m_512gpu")
+    # 2 x 31 states of 8 heads; K and V of 2^20 tokens, one head of 128 a rank.
+    assert (
+        "lightning states all_gather (auto: 31 MiB gathered a layer, limit 64); keys and values ring (auto: 512 MiB"
+        in text
+    )
+    fixed = ["--parallel.context_lightning=ring", "--parallel.context_softmax=all_gather"]
+    text = report(capsys, "", "_1m_512gpu", options=[*fixed, "--parallel.context_layout=document"])
+    assert "lightning states ring; keys and values all_gather; every document of a sequence has 1 MiB of states" in text
+    assert "context exchange" not in report(capsys, "")
+
+
+def test_warns_of_a_missing_transformer_engine(capsys, monkeypatch):
+    options = ["--parallel.context_softmax=transformer_engine", "--parallel.context_layout=document"]
+    warning = "needs Transformer Engine, which is not installed here"
+    monkeypatch.setattr(sys, "path", [])
+    assert warning in report(capsys, "", "_1m_512gpu", options=options)
+    package = ModuleType("transformer_engine")
+    package.__spec__ = ModuleSpec("transformer_engine", None)
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    assert warning not in report(capsys, "", "_1m_512gpu", options=options)
 
 
 @pytest.mark.parametrize("world_size", ["0", "x", "-1"])
