@@ -347,6 +347,11 @@ class RLConfig:
     """Further rounds of sampling at most; what is missing then makes the updates smaller."""
     truncated: Literal["score", "zero", "drop"] = "score"
     """Responses cut off at `max_new_tokens`: judged as they are, given reward 0, or left out."""
+    repetition_tokens: int = 3000
+    """A response ends after so many consecutive tokens that each had more than `repetition_probability` (M1's stop); 0: never."""
+    repetition_probability: float = 0.99
+    repetitive: Literal["score", "zero", "drop"] = "score"
+    """Responses that ended so: as `truncated`."""
     overlong_tokens: int = 0
     """DAPO's soft penalty on the last so many tokens before `max_new_tokens`; 0: none."""
     reward_workers: int = 2
@@ -362,7 +367,11 @@ class RLConfig:
     """Every k of pass@k, at most `held_out_samples`; []: that number alone."""
     held_out_every_steps: int = 0
     journal: str | None = None
-    """Directory of the journals, one per step and replica, that keep every sample; a resumed run reads finished ones from there."""
+    """Directory of the journals, one per step or evaluation and replica, that keep every sample and verdict; a resumed run takes those
+    that are finished from there."""
+    journal_keep: int | None = None
+    """Journals older than so many steps before the newest checkpoint are deleted. None: those that no checkpoint kept by
+    `checkpoint.keep` needs; with keep=0 none are."""
     pages: bool = True
     """Write logging.dir/rollouts/step_XXXXXXXX.html."""
 

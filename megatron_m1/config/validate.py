@@ -26,7 +26,8 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay optimizer.clip_grad schedule.warmup_steps schedule.constant_steps schedule.min_lr "
     "moe.aux_loss_coefficient moe.z_loss_coefficient data.num_workers data.eod_token_id evaluation.every_steps "
     "checkpoint.every_steps checkpoint.keep logging.layer_stats_every_steps "
-    "rl.refills rl.overlong_tokens rl.reward_max_error_share rl.held_out_prompts rl.held_out_every_steps "
+    "rl.refills rl.overlong_tokens rl.repetition_tokens rl.journal_keep "
+    "rl.reward_max_error_share rl.held_out_prompts rl.held_out_every_steps "
     "rl.window_tolerance"
 ).split()
 
@@ -373,11 +374,17 @@ def _rl(config: Config) -> Iterator[str]:
             f"rl.held_out_pass_at holds {wrong}; pass@k needs k samples of a prompt: use 1 to rl.held_out_samples="
             f"{rl.held_out_samples}, or raise that."
         )
-    if rl.routing_replay and config.moe.capacity_factor is not None:
-        yield (
-            f"rl.routing_replay=true has no experts to replay for tokens that moe.capacity_factor={config.moe.capacity_factor} drops; "
-            "set one of them to false or null."
-        )
+    yield from _rl_experts(config)
+    if rl.cache_tokens is not None and rl.engine == "fast":
+        # Blocks of 64 tokens (generation/blocks.py, which needs torch), and one more for a prompt that is kept.
+        least = (-(-training.seq_length // 64) + 1) * 64
+        if rl.cache_tokens < least:
+            yield (
+                f"rl.cache_tokens={rl.cache_tokens} must hold a sequence of training.seq_length={training.seq_length} tokens and a block "
+                f"of 64; use {least} or more, or null for all slots."
+            )
+    if not 0 < rl.repetition_probability <= 1:
+        yield f"rl.repetition_probability={rl.repetition_probability} must lie above 0 and at most at 1; use e.g. 0.99."
     if rl.engine == "reference" and config.parallel.context > 1:
         yield (
             f"rl.engine=reference with parallel.context={config.parallel.context} would not give training's bits, which then come from "
@@ -386,6 +393,30 @@ def _rl(config: Config) -> Iterator[str]:
     if rl.engine == "reference" and training.seq_length % 64:
         unit = _multiples_near(training.seq_length, 64)
         yield f"rl.engine=reference needs training.seq_length={training.seq_length} to be a multiple of 64; use {unit}."
+
+
+def _rl_experts(config: Config) -> Iterator[str]:
+    """What is right for pretraining and would make RL's samples or gradients depend on what stands beside them."""
+    moe = config.moe
+    if moe.aux_loss != "none":
+        yield (
+            f"moe.aux_loss={moe.aux_loss} balances the tokens of a pack, and which samples share one depends on layout and "
+            "training.micro_batch, so that the gradient would too; set it to none for rl."
+        )
+    if moe.z_loss_coefficient:
+        yield (
+            f"moe.z_loss_coefficient={moe.z_loss_coefficient} averages over the tokens of a pack, and which samples share one depends on "
+            "layout and training.micro_batch; set it to 0 for rl."
+        )
+    if moe.capacity_factor is not None:
+        yield (
+            f"moe.capacity_factor={moe.capacity_factor} drops tokens by what stands beside them, other ones in training than while "
+            "sampling; set it to null for rl."
+        )
+    if moe.dispatcher == "allgather" and config.parallel.expert > 1:
+        yield (
+            "moe.dispatcher=allgather needs equally many tokens on all ranks, which sampling does not have; use alltoall for rl."
+        )
 
 
 def _rl_schedule(rl: RLConfig) -> Iterator[str]:

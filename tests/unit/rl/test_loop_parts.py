@@ -11,6 +11,7 @@ import torch
 from megatron_m1.config import ConfigError, to_yaml
 from megatron_m1.config.schema import Config, CurriculumPoint, RLConfig, TaskSource, WindowStage
 from megatron_m1.config.validate import validate_rl
+from megatron_m1.generation.blocks import BLOCK_TOKENS, blocks_for
 from megatron_m1.rl import page as page_module
 from megatron_m1.rl.loop import _shown, loss_settings, main
 from megatron_m1.rl.page import write_page
@@ -151,6 +152,10 @@ def test_keys_replace_the_presets_values():
         ({"curriculum": [CurriculumPoint(0, [0.0])]}, "a sum above 0"),
         ({"easy_above": 1.5}, "0 <= hard_below < easy_above <= 1"),
         ({"held_out_pass_at": [1, 8]}, r"holds \[8\]; pass@k needs k samples"),
+        ({"cache_tokens": 64}, r"rl.cache_tokens=64 must hold a sequence of training.seq_length=64 .* use 128 or more"),
+        ({"repetition_probability": 0.0}, "rl.repetition_probability=0.0 must lie above 0"),
+        ({"repetition_tokens": -1}, "rl.repetition_tokens=-1 must be 0 or more"),
+        ({"journal_keep": -1}, "rl.journal_keep=-1 must be 0 or more"),
     ],
 )
 def test_what_cannot_run_is_refused(change, message):
@@ -161,6 +166,33 @@ def test_what_cannot_run_is_refused(change, message):
         setattr(config.rl, name, value)
     with pytest.raises(ConfigError, match=message):
         validate_rl(config, 1)
+
+
+@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize(
+    "key, value, remedy",
+    [
+        ("aux_loss", "micro_batch", "set it to none"),
+        ("aux_loss", "global", "set it to none"),
+        ("z_loss_coefficient", 1e-3, "set it to 0"),
+        ("capacity_factor", 1.5, "set it to null"),
+        ("dispatcher", "allgather", "use alltoall"),
+    ],
+)
+def test_experts_that_depend_on_their_neighbours_are_refused(key, value, remedy, replay):
+    config = tiny_config({"expert": 2}, routing_replay=replay)
+    config.data.tokenizer = "somewhere"
+    validate_rl(config, 2)
+    setattr(config.moe, key, value)
+    with pytest.raises(ConfigError, match=rf"moe\.{key}={value} .*; {remedy}"):
+        validate_rl(config, 2)
+
+
+def test_the_cache_holds_what_validation_says():
+    config = tiny_config(cache_tokens=128)
+    config.data.tokenizer = "somewhere"
+    validate_rl(config, 1)
+    assert blocks_for(config.training.seq_length) + 1 == 128 // BLOCK_TOKENS
 
 
 def test_a_cap_of_a_later_window_is_checked_at_the_start(tmp_path):

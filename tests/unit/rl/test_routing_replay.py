@@ -7,11 +7,8 @@ choose.
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 
-from megatron_m1.config import ConfigError
-from megatron_m1.config.validate import validate_rl
 from megatron_m1.engine import equality
 from megatron_m1.engine.trainer import Trainer
 from megatron_m1.generation.engine import Engine
@@ -134,14 +131,3 @@ def test_the_record_is_what_the_rollout_did(ranks):
     ((before, after),) = ranks(1, scored)
     layers, tokens = 2, 16 * (3 + 4 - 1)
     assert before == (layers * tokens, 0.0) and after[0] == layers * tokens and after[1] > 0.5
-
-
-def test_replay_is_refused_where_it_cannot_be_faithful():
-    config = tiny_config()
-    config.data.tokenizer = "somewhere"
-    validate_rl(config, 1)
-    config.moe.capacity_factor = 1.5
-    with pytest.raises(ConfigError, match=r"moe\.capacity_factor=1\.5"):
-        validate_rl(config, 1)
-    config.rl.routing_replay = False
-    validate_rl(config, 1)
