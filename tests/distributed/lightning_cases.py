@@ -14,7 +14,7 @@ from megatron_m1.parallel.state_chain import state_chains
 from megatron_m1.parallel.traffic import Traffic
 
 TOKENS, DIM = 48, 4
-# Borders of chunks lie at multiples of 48 / 2W: 12 for two ranks, 8 for three, 6 for four.
+# Borders of chunks lie at multiples of 48 / 2W: 12 for two ranks, 8 for three, 6 for four, 3 for eight.
 CU_SEQLENS = {
     "one document": [0, 48],
     "every kind of border": [0, 3, 4, 4, 11, 12, 30, 31, 36, 43],
@@ -36,7 +36,8 @@ def cases(world: int, rank: int) -> dict[str, Case]:
     found = {"dense": Case(SequenceLayout.dense(world=world, rank=rank, rows=3, tokens=TOKENS), None, rows=3)}
     for name, edges in CU_SEQLENS.items():
         found[name] = Case(SequenceLayout.pack(world=world, rank=rank, cu_seqlens=edges, tokens=TOKENS), edges)
-    edges = [0, 2 * world, 2 * world, 24 + 2 * world, 48]
+    unit = 2 * world
+    edges = [0, unit, unit, unit + 24 // unit * unit, TOKENS]
     found["per document"] = Case(SequenceLayout.per_document(world=world, rank=rank, cu_seqlens=edges), edges)
     return found
 

@@ -29,7 +29,7 @@ from tests.distributed.lightning_cases import (
 
 BOUND = 1e-5
 STEPS = 1
-# The others, also on 8 ranks: python -m megatron_m1 equality --only CP --ranks 8
+# The others: python -m megatron_m1 equality --only CP --ranks 8
 TESTED = (
     "CP2, ring",
     "CP2, all-gather, dense",
@@ -41,10 +41,12 @@ TESTED = (
     "CP2, ring, recompute full",
     "CP2, by document",
     "CP2xPP2, by document",
+    "CP8, EP4, all-gather",
+    "CP2xTP2xPP2",
 )
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 def test_lightning_attention_equals_one_rank_in_fp64(world, ranks):
     for found in ranks(world, differences):
         assert max(found.values()) < 1e-12, found
@@ -57,7 +59,7 @@ def test_lightning_attention_in_bf16_sends_fp32_states(ranks):
             assert error < 5e-3 and as_fp32, found
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_ring_and_all_gather_give_the_same_bits(world, ranks):
     for results in ranks(world, exchanged_states):
         assert all(torch.equal(ring, gathered) for ring, gathered in results)
@@ -94,6 +96,22 @@ def worst(reference: RankResult, results: list[RankResult]) -> float:
     d = compare(reference, results)
     figures = (d.loss, d.grad_norm, d.aux_loss, d.gradient, d.weight)
     return max(figures) if all(figure == figure for figure in figures) else float("nan")
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+@pytest.mark.parametrize(
+    "sizes", [{"context": 2}, {"context": 4}, *({"context": 2, other: 2} for other in ("tensor", "pipeline", "expert"))]
+)
+def test_the_table_has_every_combination(sizes, method, dense):
+    """Sequence parallelism and virtual stages aside; both layer kinds by one method."""
+    wanted = {**sizes, "context_lightning": method, "context_softmax": method}
+    aside = {"sequence", "virtual_pipeline"}
+    assert any(
+        {key: value for key, value in parallel.items() if key not in aside} == wanted
+        and training == ({"dense": True} if dense else {})
+        for _, parallel, training in LAYOUTS.values()
+    )
 
 
 @pytest.mark.parametrize("name", TESTED)
