@@ -9,6 +9,7 @@ commands:
 Each command prints its own options with --help.
 """
 
+import logging
 import os
 import sys
 from datetime import timedelta
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     command, options = (argv[0], argv[1:]) if argv else ("--help", [])
+    _show_choices()
     try:
         return _dispatch(command, options)
     except ConfigError as error:
@@ -82,6 +84,16 @@ def _dispatch(command: str, options: list[str]) -> int:
     else:
         raise ConfigError(f"{command} is not a command; use pretrain, rl, generate, equality or doctor.")
     return 0
+
+
+def _show_choices() -> None:
+    """On stderr of the job's first rank: what `auto` takes, which kernels and methods log at level INFO, once each."""
+    if os.environ.get("RANK", "0") == "0":
+        for package in ("megatron_m1", "m1_kernels"):
+            logger = logging.getLogger(package)
+            logger.setLevel(logging.INFO)
+            if not logger.handlers:
+                logger.addHandler(logging.StreamHandler())
 
 
 def _tell_once(message: str, *, same_on_the_node: bool = False) -> None:

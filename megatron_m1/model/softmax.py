@@ -13,7 +13,7 @@ from megatron_m1.model.transformer_config import M1TransformerConfig
 from megatron_m1.parallel import SequenceParams
 from megatron_m1.parallel.ring_attention import ring_attention
 from megatron_m1.parallel.sequence_params import KeptAttention
-from megatron_m1.parallel.traffic import AUTO_RING_BYTES
+from megatron_m1.parallel.traffic import method_by_size
 from megatron_m1.parallel.transformer_engine import TransformerEngineAttention
 
 __all__ = ["SoftmaxAttention", "apply_rotary", "rotary_table"]
@@ -118,6 +118,5 @@ class SoftmaxAttention(MegatronModule):
 
 def _method(method: str, keys: Tensor, *, world: int) -> str:
     """For `auto` by size: the all-gather has one latency, the ring hides W-1 of them and needs memory for two blocks only."""
-    if method != "auto":
-        return method
-    return "ring" if 2 * world * keys.nbytes > AUTO_RING_BYTES else "all_gather"
+    gathered = 2 * world * keys.nbytes
+    return method_by_size(method, gathered, of="keys and values of softmax layers", world=world)

@@ -14,7 +14,6 @@ Source: LASP (arXiv 2404.02882) for the ring, LASP-2 (arXiv 2502.07563) for the 
 
 import abc
 import functools
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,12 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.parallel.state_chain import Border, Chain, StateChains
-from megatron_m1.parallel.traffic import AUTO_RING_BYTES, Traffic
+from megatron_m1.parallel.traffic import Traffic, method_by_size
 from megatron_m1.platform.streams import SideStream
 
 __all__ = ["StateExchange", "exchange_method", "horizon"]
-
-logger = logging.getLogger("megatron_m1")
 
 
 def horizon(dtype: torch.dtype) -> float:
@@ -40,19 +37,8 @@ def exchange_method(method: str, *, chains: StateChains, world: int, state_bytes
     """`ring` or `all_gather`, for `auto` by size: `all_gather` has one latency instead of 2W-1, but brings every rank
     (W-1) * (states per rank) * state_bytes; above AUTO_RING_BYTES the ring's one state per hop, hidden behind the work inside the
     chunks, is cheaper."""
-    if method != "auto":
-        return method
     received = (world - 1) * max(chains.most_leaving, chains.most_entering) * state_bytes
-    chosen = "ring" if received > AUTO_RING_BYTES else "all_gather"
-    _log_once(
-        f"lightning states over {world} context-parallel ranks: {chosen} (auto: {AUTO_RING_BYTES >> 20} MiB is the limit of all_gather)"
-    )
-    return chosen
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+    return method_by_size(method, received, of="lightning states", world=world)
 
 
 class StateExchange:

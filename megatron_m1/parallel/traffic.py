@@ -1,8 +1,12 @@
 """What context parallelism sends, counted, and from which size on the ring is taken."""
 
+import functools
+import logging
 from dataclasses import dataclass
 
-__all__ = ["AUTO_RING_BYTES", "Traffic"]
+__all__ = ["AUTO_RING_BYTES", "Traffic", "method_by_size"]
+
+logger = logging.getLogger(__name__)
 
 AUTO_RING_BYTES = 64 << 20
 """`auto` takes the ring where an all-gather would bring a rank more than this: about a millisecond of a 50 GB/s link."""
@@ -34,3 +38,21 @@ class Traffic:
             self.backward += sent_bytes
         else:
             self.forward += sent_bytes
+
+
+def method_by_size(method: str, gathered_bytes: int, *, of: str, world: int) -> str:
+    """`method`, or for `auto`, which logs what it takes once, `ring` or `all_gather` by the bytes that the latter brings a rank.
+
+    of: what is sent.
+    """
+    if method != "auto":
+        return method
+    chosen = "ring" if gathered_bytes > AUTO_RING_BYTES else "all_gather"
+    _log_once(of, world, chosen)
+    return chosen
+
+
+@functools.cache
+def _log_once(of: str, world: int, chosen: str) -> None:
+    limit = AUTO_RING_BYTES >> 20
+    logger.info("%s over %d context-parallel ranks: %s (auto: all_gather up to %d MiB)", of, world, chosen, limit)

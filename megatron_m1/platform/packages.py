@@ -119,7 +119,7 @@ def _lightning(device: str) -> str:
     """What implementation="auto" of m1_kernels.lightning_attention takes here."""
     q = torch.empty(1, 64, 1, 128, dtype=torch.bfloat16, device=device)
     for name, implementation in IMPLEMENTATIONS.items():
-        if implementation.why is not None and implementation.obstacle(q) is None:
+        if device in implementation.auto_on and implementation.obstacle(q) is None:
             return f"{name} ({implementation.why})"
     return "none can run here"
 

@@ -72,6 +72,7 @@ def test_two_processes_write_what_one_does(folder, one_rank, tmp_path):
     assert [line.split("  ")[0] for line in lines] == [f"step {n}/5" for n in range(1, 6)]
     for line, entry in zip(lines, steps(tmp_path).values(), strict=True):
         assert f"  loss {entry['loss']:.4f}  " in line and "  tokens_per_s " in line
+    assert done.stderr.count("lightning_attention_packed on cpu: torch (chunked batched matmuls in PyTorch)") == 1
 
     first, evaluation, *rest = entries(tmp_path)
     assert first == {

@@ -7,6 +7,7 @@ from megatron_m1.model import softmax
 from megatron_m1.parallel.lightning_exchange import exchange_method
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.parallel.state_chain import state_chains
+from megatron_m1.parallel.traffic import method_by_size
 
 MIB = 1 << 20
 
@@ -37,3 +38,13 @@ def test_softmax_layers_choose_by_the_keys_and_values_of_the_sequence():
         softmax._method("ring", keys, world=1) == "ring"
         and softmax._method("all_gather", keys, world=9) == "all_gather"
     )
+
+
+def test_the_choice_is_logged_once(caplog):
+    caplog.set_level("INFO", logger="megatron_m1")
+    for _ in range(2):
+        method_by_size("auto", 65 * MIB, of="parcels", world=7)
+        method_by_size("ring", 1, of="named parcels", world=7)
+    assert [record.getMessage() for record in caplog.records] == [
+        "parcels over 7 context-parallel ranks: ring (auto: all_gather up to 64 MiB)"
+    ]

@@ -88,9 +88,11 @@ def test_peak_memory_is_in_bytes_and_grows():
 def test_doctor_names_what_the_kernel_dispatch_would_take(monkeypatch):
     obstacles = {"cpu": None, "meta": "needs a real device"}
     table = {
-        "silent": Implementation(run=None, obstacle=lambda q: None, why=None),
+        "elsewhere": Implementation(run=None, obstacle=lambda q: None, why="fastest", auto_on=("cuda",)),
         "blocked": Implementation(run=None, obstacle=lambda q: "needs a moon", why="fastest"),
-        "taken": Implementation(run=None, obstacle=lambda q: obstacles[q.device.type], why="second best"),
+        "taken": Implementation(
+            run=None, obstacle=lambda q: obstacles[q.device.type], why="second best", auto_on=("cpu", "meta")
+        ),
     }
     monkeypatch.setattr(packages, "IMPLEMENTATIONS", table)
     assert packages._lightning("cpu") == "taken (second best)"
