@@ -4,7 +4,7 @@
 
 bytes   sent per rank and layer, counted while M1's lightning states and softmax layers' keys and values travel between real
         processes, against formulas of the shapes alone. Exit 1 where a counter, what was handed to torch.distributed, or a formula
-        differ. Megatron's all-to-all over heads is given by its formula only.
+        differ. Megatron-Core's all-to-all over heads is counted likewise; core has no counter of its own.
 time    one layer's attention, forward and backward, against N at fixed N/W and against W at fixed N. The ranks share the cores
         of this machine: CPU seconds per rank tell more than wall seconds.
 memory  one step of a tiny model through the pretraining loop: peak resident memory of a rank over its imports.
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from m1_kernels import slopes
 
@@ -36,6 +36,7 @@ platform.setup()
 from benchmarks.context_ranks import (  # noqa: E402
     Memory,
     Sent,
+    all_to_all_sent,
     exchange_bytes,
     layer_seconds,
     softmax_attention_bytes,
@@ -111,7 +112,7 @@ class Case:
 
     layer: str
     shape: Shape
-    method: Method
+    method: Literal["ring", "all_gather", "all_to_all"]
     left_out: int | None
     """Heads that the horizon leaves out; None: no horizon."""
     forward: list[int]
@@ -178,6 +179,14 @@ def _counted(pool: RankPool, world: int, lengths: list[int]) -> Iterator[tuple[C
         forward, backward = (softmax_bytes(shape, direction=direction) for direction in ("forward", "backward"))
         case = Case("softmax, bf16", shape, method, None, [forward] * world, [backward] * world)
         yield case, pool.run(softmax_attention_bytes, (shape, method), world=world)
+    for layer, key_value_heads in (("lightning", shape.heads), ("softmax", shape.key_value_heads)):
+        for tokens in (128 * world, 256 * world):
+            swapped = replace(shape, tokens=tokens, key_value_heads=key_value_heads)
+            each = [all_to_all_bytes(swapped)] * world
+            yield (
+                Case(f"{layer}, bf16", swapped, "all_to_all", None, each, each),
+                pool.run(all_to_all_sent, (swapped,), world=world),
+            )
 
 
 def formula_table() -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from m1_kernels import lightning_attention, softmax_attention
+from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 from benchmarks.context_formulas import Method, Shape
@@ -24,7 +25,16 @@ from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.parallel.state_chain import state_chains
 from megatron_m1.parallel.traffic import Traffic
 
-__all__ = ["Memory", "Sent", "exchange_bytes", "layer_seconds", "softmax_attention_bytes", "training_memory", "wire"]
+__all__ = [
+    "Memory",
+    "Sent",
+    "all_to_all_sent",
+    "exchange_bytes",
+    "layer_seconds",
+    "softmax_attention_bytes",
+    "training_memory",
+    "wire",
+]
 
 
 @dataclass
@@ -55,6 +65,8 @@ def wire() -> Iterator[Wire]:
     """Counts what this process sends meanwhile: messages, and collectives as their ring algorithm sends them."""
     counted = Wire()
     batch, gather, scatter = dist.batch_isend_irecv, dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+    core = mappings.torch.distributed  # on CPU a view of it, see platform/cpu.py
+    swap = core.all_to_all_single
 
     def counting_batch(operations: list[dist.P2POp]) -> list[dist.Work]:
         counted.sent += sum(o.tensor.nbytes for o in operations if o.op is dist.isend)
@@ -70,7 +82,19 @@ def wire() -> Iterator[Wire]:
         counted.sent += (group.size() - 1) * output.nbytes
         return scatter(output, x, group=group)
 
+    def counting_swap(
+        output: Tensor,
+        x: Tensor,
+        output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> dist.Work | None:
+        assert group is not None and output_split_sizes is None and input_split_sizes is None, "equal parts are counted"
+        counted.sent += x.nbytes // group.size() * (group.size() - 1)
+        return swap(output, x, group=group)
+
     with (
+        patch.object(core, "all_to_all_single", counting_swap),
         patch.object(dist, "batch_isend_irecv", counting_batch),
         patch.object(dist, "all_gather_into_tensor", counting_gather),
         patch.object(dist, "reduce_scatter_tensor", counting_scatter),
@@ -110,6 +134,24 @@ def softmax_attention_bytes(rank: int, world: int, shape: Shape, method: Method)
         wire_forward = counted.take()
         out.sum().backward()
         return Sent(traffic.forward, traffic.backward, wire_forward, counted.take())
+
+
+def all_to_all_sent(rank: int, world: int, shape: Shape) -> Sent:
+    """Megatron-Core's exchange of q, k, v from a share of the tokens to a share of the heads, and of o the way back, as its SSM layers
+    call it (ssm/mamba_context_parallel.py). Attention, which sends nothing, is a sum here; core has no counter of its own."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[shape.item]
+    with wire() as counted:
+        q, k, v = (
+            mappings.all_to_all_sp2hp(x[0].flatten(1), group=dist.group.WORLD)
+            for x in _inputs(shape, shape.key_value_heads, dtype)
+        )
+        groups = (k + v).view(shape.tokens, shape.key_value_heads // world, shape.head_dim)
+        o = q + groups.repeat_interleave(shape.heads // shape.key_value_heads, 1).flatten(1)
+        out = mappings.all_to_all_hp2sp(o, group=dist.group.WORLD)
+        forward = counted.take()
+        out.sum().backward()
+        backward = counted.take()
+    return Sent(forward, backward, forward, backward)
 
 
 def layer_seconds(

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import context_parallel
 from benchmarks.context_formulas import Shape, all_to_all_bytes, lightning_bytes, softmax_bytes, states_sent
 from benchmarks.context_parallel import Case, main, tiny_config
-from benchmarks.context_ranks import Sent, exchange_bytes, softmax_attention_bytes
+from benchmarks.context_ranks import Sent, all_to_all_sent, exchange_bytes, softmax_attention_bytes
 from megatron_m1.config.validate import validate
 from megatron_m1.parallel.lightning_exchange import _Travel
 
@@ -88,6 +88,18 @@ def test_counted_bytes_are_those_of_the_formulas(method, rank_pool):
     assert len(halved.mismatches(rank_pool.run(softmax_attention_bytes, (SHAPE, method), world=4))) == 4
 
 
+@pytest.mark.parametrize("key_value_heads", [8, 4])
+def test_counted_bytes_of_megatrons_all_to_all_are_those_of_the_formula(key_value_heads, rank_pool):
+    shape = replace(SHAPE, heads=8, key_value_heads=key_value_heads)
+    each = [all_to_all_bytes(shape)] * 4
+    case = Case("softmax", shape, "all_to_all", None, each, each)
+    sent = rank_pool.run(all_to_all_sent, (shape,), world=4)
+    assert case.mismatches(sent) == []
+    assert {of_rank.wire_backward for of_rank in sent} == {20 * 2 * (8 + key_value_heads) * 2 * 2 * 3 // 4}
+    whole = Case("softmax", shape, "all_to_all", None, [each[0] * 4 // 3] * 4, each)  # with what a rank keeps
+    assert len(whole.mismatches(sent)) == 4
+
+
 @pytest.fixture
 def tiny(monkeypatch, rank_pool, tmp_path):
     """main(parts, ...) on the tests' ranks with small states -> (exit code, what it wrote)."""
@@ -106,7 +118,7 @@ def test_bytes_and_times_are_written_and_printed(tiny, capsys):
     sizes = ("--worlds", "2", "--tokens", "2048", "--rounds", "1", "--lightning-tokens", "64", "--softmax-tokens", "64")
     code, found = tiny("--parts", "bytes", "time", *sizes)
     assert code == 0
-    assert len(found["bytes"]["rows"]) == 2 * 4 + 2 and found["bytes"]["rows"][1]["left_out"] > 0
+    assert len(found["bytes"]["rows"]) == 2 * 4 + 2 + 4 and found["bytes"]["rows"][1]["left_out"] > 0
     rows = found["time"]["rows"]
     assert [(row["world"], row["tokens"]) for row in rows if row["method"] != "all_gather"] == 2 * [
         (1, 16), (2, 32), (1, 64), (2, 64), (4, 64),
@@ -114,7 +126,7 @@ def test_bytes_and_times_are_written_and_printed(tiny, capsys):
     assert all(row["wall_s"] > 0 and row["cpu_s_per_rank"] > 0 for row in rows)
     assert {rank["sent_bytes"] > 0 for row in rows for rank in row["ranks"] if row["world"] > 1} == {True}
     text = capsys.readouterr().out
-    assert "0 mismatches in 10 cases" in text and "time against N at fixed N/W: CPU, gloo" in text
+    assert "0 mismatches in 14 cases" in text and "time against N at fixed N/W: CPU, gloo" in text
     assert "by formula only" in text
 
 
