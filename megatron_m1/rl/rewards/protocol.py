@@ -1,5 +1,6 @@
 """What a reward is, what it is given, what comes back."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,12 +10,16 @@ __all__ = ["Reward", "RewardRequest", "RewardResult", "RewardSpec", "Score"]
 
 @dataclass(frozen=True)
 class RewardRequest:
-    """One sample to be judged. task: JSON values that the reward named `reward` understands (answer, tests, ...)."""
+    """One sample to be judged. task: JSON values that the reward named `reward` understands (answer, tests, ...).
+
+    timeout_s: what the pool gives for it, after which the worker is killed; the pool fills it in.
+    """
 
     reward: str
     prompt: str
     response: str
     task: Mapping[str, Any] = field(default_factory=dict)
+    timeout_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,12 @@ class Reward(Protocol):
 
     It returns a Score for whatever the response holds: a wrong, malformed or hostile response is a verdict. What it cannot
     judge (bad task data, no sandbox) it raises; the sample then gets a `reward_error`, never a 0.
+    A killed worker is a reward_error too, so a reward whose work the response can draw out ends that work itself, within
+    request.timeout_s. One that has a `least_timeout_s` attribute is refused by a pool whose timeout is not above it.
     """
 
     def __call__(self, request: RewardRequest) -> Score:
-        """The verdict. Needs no time limit of its own: the process is killed."""
+        """The verdict."""
         ...
 
 

@@ -5,18 +5,24 @@ import inspect
 import json
 import os
 import random
+import re
 import textwrap
+import time
 import zlib
 from dataclasses import replace
 
+import psutil
 import pytest
 from reasoning_gym import utils as reasoning_gym_utils
 from reasoning_gym.factory import DATASETS
+from sympy.parsing import sympy_parser
 
 from megatron_m1.config import Config, ConfigError, to_yaml
 from megatron_m1.config.schema import RLConfig, TaskSource
+from megatron_m1.rl.rewards import math as math_module
 from megatron_m1.rl.rewards.extract import after_thinking, last_boxed, last_tagged
 from megatron_m1.rl.rewards.format import FormatReward
+from megatron_m1.rl.rewards.limited import limited
 from megatron_m1.rl.rewards.logic import ALLOWED, LogicReward, logic_tasks
 from megatron_m1.rl.rewards.math import MathReward
 from megatron_m1.rl.rewards.protocol import RewardRequest
@@ -107,6 +113,43 @@ def test_format(response, options, value):
         (r"\boxed{\sum_{", "4", 0),
         (r"\boxed{((((}", "4", 0),
         (r"\boxed{" + "1+" * 600 + "1}", "601", 0),
+        # brackets of another kind
+        (r"\boxed{(1,2)}", r"\{1,2\}", 0),
+        (r"\boxed{\{1,2\}}", "(1,2)", 0),
+        (r"\boxed{A = \left(1, 2\right)}", r"\left\{1,2\right\}", 0),
+        (r"\boxed{[1,2]}", "(1,2)", 0),
+        (r"\boxed{1, 2}", r"\{1,2\}", 1),
+        (r"\boxed{2, 1}", r"\{1,2\}", 1),
+        (r"\boxed{1, 2}", "(1,2)", 1),
+        (r"\boxed{\left( 1, 2 \right)}", "(1,2)", 1),
+        (r"\boxed{(x, y) = (1, 2)}", "(1,2)", 1),
+        (r"\boxed{(x, y) = (2, 1)}", "(1,2)", 0),
+        (r"\boxed{A = \{1, 2\}}", r"\{2,1\}", 1),
+        (r"\boxed{x \in (1, 2)}", "(1,2)", 1),
+        (r"\boxed{(1,2), (3,4)}", r"\{(1,2), (3,4)\}", 1),
+        (r"\boxed{(f(1), 2) + (0, 1)}", "3", 0),
+        # equations that are false
+        (r"\boxed{5=4}", "4", 0),
+        (r"\boxed{3 = 4}", "4", 0),
+        (r"\boxed{x=5=4}", "4", 0),
+        (r"\boxed{x=5=4}", "x=4", 0),
+        (r"\boxed{\text{so } = 5 = 4}", "4", 0),
+        (r"\boxed{4 = 5 = 4}", "4", 0),
+        (r"\boxed{5=4, 3=2}", "4, 2", 0),
+        (r"\boxed{4=5}", "4", 0),
+        (r"\boxed{x=4}", "4", 1),
+        (r"\boxed{x=4}", "x=4", 1),
+        (r"\boxed{y=4}", "x=4", 0),
+        (r"\boxed{2+2=4}", "4", 1),
+        (r"\boxed{x=2+2=4}", "4", 1),
+        (r"\boxed{f(2) = 4}", "4", 1),
+        (r"\boxed{|A| = 4}", "4", 1),
+        (r"\boxed{y = 2x + 1}", "2x+1", 1),
+        (r"\boxed{\frac{1}{3} = 0.33}", "0.33", 1),
+        (r"\boxed{\frac{1}{2} = 0.33}", "0.33", 0),
+        (r"\boxed{50\%}", "0.5", 1),
+        (r"\boxed{x \neq 4}", "4", 0),
+        (r"\boxed{x \le 4}", "4", 0),
     ],
 )
 def test_math(response, answer, value):
@@ -127,6 +170,57 @@ CODE = [
     "setattr(__import__('reasoning_gym').dataset.ProceduralDataset,'score_answer',lambda *a,**k:1.0)",
     "[[0]]*2 or exit()",
 ]
+
+
+BOMBS = [r"10^{10^{10}}", r"9^{9^{9^9}}", r"\binom{10^9}{5 \cdot 10^8}", "(((9!)!)!)!", "(" * 400 + ")" * 400]
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_boxes_that_take_for_ever_are_wrong_and_the_next_one_is_judged(bomb):
+    reward, start = MathReward(), time.monotonic()
+    score = reward(RewardRequest("math", "", rf"\boxed{{{bomb}}}", {"answer": "4"}, timeout_s=1.0))
+    assert (score.value, score.parts["compared"]) == (0.0, 0.0) and time.monotonic() - start < 5.0
+    assert reward(RewardRequest("math", "", r"\boxed{4}", {"answer": "4"})).parts["compared"] == 1.0
+
+
+def test_work_in_a_forked_process():
+    before = psutil.Process().children()
+    assert limited(lambda: [1, "x" * 200_000], seconds=5.0) == [1, "x" * 200_000]
+    assert limited(lambda: time.sleep(60), seconds=0.1) is None
+    assert limited(lambda: os.kill(os.getpid(), 9), seconds=5.0) is None
+    assert limited(lambda: bytearray(1 << 60), seconds=5.0) is None
+    with pytest.raises(RuntimeError, match="KeyError: 'x'"):
+        limited(lambda: {}["x"], seconds=5.0)
+    assert psutil.Process().children() == before
+
+
+def test_sympy_evaluates_numbers_of_a_box_alone(monkeypatch):
+    """sympify() is eval(): what reaches it must be what the grammar calls a number."""
+    evaluated = []
+
+    def record(code, local_dict, global_dict):
+        evaluated.append(code)
+        return sympy_parser_eval(code, local_dict, global_dict)
+
+    sympy_parser_eval = sympy_parser.eval_expr
+    monkeypatch.setattr(sympy_parser, "eval_expr", record)
+    spelled = (
+        r"{}",
+        r"\text{{{}}}",
+        r"\operatorname{{{}}}(1)",
+        r"x_{{{}}}",
+        r"f({})",
+        r"\mathrm{{{}}}",
+        r"{}\%",
+        r"1e{}",
+        r"{}=4",
+    )
+    for code in CODE:
+        for form in (*spelled, r"\{{{},1\}}", r"\bar{{{}}}", r"\max({},1)", r"\begin{{pmatrix}}{}\\1\end{{pmatrix}}"):
+            math_module._compared("4", math_module._parse("4", strict=True), form.format(code))
+    math_module._compared("4", math_module._parse("4", strict=True), r"12,345.5 + 1.5e3")
+    assert len(evaluated) > 10 and "M1_RAN" not in os.environ
+    assert not {code for code in evaluated if not re.fullmatch(r"(Integer|Float) \('?[\d.eE+-]+'? *\)", code)}
 
 
 def junk(entries: list[dict], index: int) -> list[str]:
