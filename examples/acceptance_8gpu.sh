@@ -32,7 +32,11 @@ declare -A LAYOUTS=(
     [pp4_vpp2]="--parallel.pipeline 4 --parallel.virtual_pipeline 2"
     [tp2_pp2_ep4]="--parallel.tensor 2 --parallel.pipeline 2 --parallel.expert 4"
     [pp2_ep2_etp2]="--parallel.tensor 2 --parallel.pipeline 2 --parallel.expert 2 --parallel.expert_tensor 2"
+    # `auto` would gather sequences of this length in both.
+    [cp8]="--parallel.context 8 --parallel.context_lightning ring --parallel.context_softmax ring"
+    [cp2_tp2_ep4]="--parallel.context 2 --parallel.tensor 2 --parallel.expert 4 --parallel.context_lightning all_gather --parallel.context_softmax all_gather"
 )
+OTHERS=(tp8 ep8 pp4_vpp2 tp2_pp2_ep4 pp2_ep2_etp2 cp8 cp2_tp2_ep4) # than dp
 EXTRA_ARGS=("$@")
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # Megatron-Core asks for one connection with sequence parallelism, so that communication starts in launch order.
@@ -69,22 +73,23 @@ if [[ -e "$RUN" && "${DRY_RUN:-0}" != 1 && "$NODE_RANK" == 0 ]]; then
     exit 2
 fi
 
-for name in dp tp8 ep8 pp4_vpp2 tp2_pp2_ep4 pp2_ep2_etp2; do
+for name in dp "${OTHERS[@]}"; do
     read -ra layout <<<"${LAYOUTS[$name]}"
     train "$name" "${layout[@]}"
 done
 train other_seed --training.seed 4321
-runs=()
-for name in tp8 ep8 pp4_vpp2 tp2_pp2_ep4 pp2_ep2_etp2; do runs+=("$RUN/$name"); done
 first_node "layouts" "$PYTHON" tools/compare_runs.py --reference "$RUN/dp" --band "$RUN/other_seed" \
-    "$RUN/dp" "${runs[@]}"
+    "$RUN/dp" "${OTHERS[@]/#/$RUN/}"
 
 read -ra layout <<<"${LAYOUTS[tp2_pp2_ep4]}"
 train saved "${layout[@]}" --training.steps 20 --checkpoint.save "$RUN/checkpoints" --checkpoint.every_steps 10
 train resumed_same "${layout[@]}" --training.steps 20 --checkpoint.load "$RUN/checkpoints/step_00000010"
-train resumed_ep8 --parallel.expert 8 --training.steps 20 --checkpoint.load "$RUN/checkpoints/step_00000010"
+for name in ep8 cp8; do
+    read -ra layout <<<"${LAYOUTS[$name]}"
+    train "resumed_$name" "${layout[@]}" --training.steps 20 --checkpoint.load "$RUN/checkpoints/step_00000010"
+done
 first_node "resume" "$PYTHON" tools/compare_runs.py --reference "$RUN/saved" --bound 2e-3 --from-step 11 \
-    "$RUN/resumed_same" "$RUN/resumed_ep8"
+    "$RUN"/resumed_{same,ep8,cp8}
 
 echo "== fp32 equality table"
 first_node "equality table" "$PYTHON" -m megatron_m1 equality --ranks "$GPUS_PER_NODE"

@@ -213,10 +213,15 @@ def test_a_started_run_is_resumed_and_not_started_again(tmp_path):
 
 
 def test_acceptance_dry_run_validates_every_layout():
-    done = run(["bash", "examples/acceptance_8gpu.sh"], DRY_RUN="1", NNODES="8")
+    done = run(["bash", "examples/acceptance_8gpu.sh"], DRY_RUN="1", NNODES="8", RUN="out")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("dry run: the configuration is valid") == 10
-    assert done.stdout.count("layout of 64 ranks") == 10
+    assert done.stdout.count("dry run: the configuration is valid") == 13
+    assert done.stdout.count("layout of 64 ranks") == 13
+    assert re.findall(r"context +size +(\d+)", done.stdout) == [*"111111", "8", "2", *"1111", "8"]
+    layouts, resumed = re.findall(r"tools/compare_runs\.py .*", done.stdout)
+    others = "tp8 ep8 pp4_vpp2 tp2_pp2_ep4 pp2_ep2_etp2 cp8 cp2_tp2_ep4".split()
+    assert layouts.split()[5:] == [f"out/{name}" for name in ("dp", *others)]
+    assert resumed.split()[-3:] == ["out/resumed_same", "out/resumed_ep8", "out/resumed_cp8"]
 
 
 def test_acceptance_goes_on_after_a_failed_comparison_and_fails_at_the_end(tmp_path):
@@ -238,7 +243,7 @@ def test_acceptance_goes_on_after_a_failed_comparison_and_fails_at_the_end(tmp_p
         assert all(line.startswith("1 ") for line in lines)
         assert ("megatron_m1 equality" in lines[-1]) == (node == "0")
         launches.append(sum("torch.distributed.run" in line for line in lines))
-    assert launches == [10, 10]
+    assert launches == [13, 13]
 
 
 @pytest.mark.parametrize("case", ["pretrain", "rl", "context in a long step", "rl in a long batch"])
