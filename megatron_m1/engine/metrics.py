@@ -60,8 +60,12 @@ class MetricsLog:
                 f"logging.dir={folder} cannot be written: {error.strerror}; name a folder that can, or null."
             ) from error
 
-    def event(self, values: dict[str, Any]) -> None:
-        """Record something that is not a step, in metrics.jsonl only. Raises ConfigError if that fails."""
+    def event(self, values: dict[str, Any], *, at_step: int | None = None) -> None:
+        """Record something that is not a step, in metrics.jsonl, and its numbers in TensorBoard at `at_step`. Raises ConfigError if
+        that fails."""
+        if self.writer is not None and at_step is not None:
+            for name, value in _flatten(values):
+                self.writer.add_scalar(name, value, at_step)
         if self.file is None:
             return
         try:
@@ -80,10 +84,7 @@ class MetricsLog:
         """Record one step; values["step"] is its number, from 1."""
         if not self.enabled:
             return
-        self.event(values)
-        if self.writer is not None:
-            for name, value in _flatten(values):
-                self.writer.add_scalar(name, value, values["step"])
+        self.event(values, at_step=values["step"])
         if self.progress is not None:
             self.progress.update(self.task, completed=values["step"])
             if self.headline in values:
@@ -119,7 +120,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
     for name, value in values.items():
         if isinstance(value, dict):
             flat += _flatten(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "step":
+        elif isinstance(value, int | float) and name not in ("step", "after_step"):
             flat.append((prefix + name, float(value)))
     return flat
 

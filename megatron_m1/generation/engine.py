@@ -84,6 +84,8 @@ class Engine:
         self.groups, self.slots = groups, slots
         self.prefill_tokens, self.cache_tokens, self.record_routing = prefill_tokens, cache_tokens, record_routing
         self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature, invariant=batch_invariant)
+        self.idle_s = 0.0
+        """Seconds of the last call that this replica had no work left while those with which it shares experts had."""
         self.on_device, self.graphs = _decode_mode(decode, groups, self.stages.config.params_dtype)
         if batch_invariant and self.on_device:
             raise ValueError("batch_invariant=True needs decode='host', on CPU")
@@ -111,6 +113,7 @@ class Engine:
         with inference(self.models), exact, batch.recording():
             while (ended := batch.step()) is not None:
                 yield from ended
+        self.idle_s = batch.lock_step.idle_s
 
 
 class _Batch:

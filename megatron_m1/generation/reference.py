@@ -45,6 +45,11 @@ class ReferenceEngine:
         self.stages = Stages(self.models, groups, logprob_temperature=logprob_temperature)
         self.lock_step = LockStep(self.models, groups)
 
+    @property
+    def idle_s(self) -> float:
+        """As `Engine.idle_s`, of all calls."""
+        return self.lock_step.idle_s
+
     def generate(self, requests: list[Request]) -> list[Result]:
         """As `Engine.generate`. Raises ValueError for a request that may outgrow `tokens`."""
         return results_of_all(dict(self.stream(requests)), self.groups.dp_cp)

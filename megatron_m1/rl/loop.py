@@ -85,18 +85,13 @@ def train(config: Config) -> None:
         log.say(f"{dist.get_world_size()} ranks on {platform.device_name()}; {rl.algorithm}: {settings.describe()}")
         for warning in _warnings(config, settings):
             log.say(f"warning: {warning}")
-        if rl.held_out_prompts:
-            before = rollouts.held_out()
-            log.event({"event": "evaluation", "after_step": first, **before.figures()})
-            log.say(f"held-out {before} before step {first + 1}")
-        for step in range(first, training.steps):
+        step, ended = first, _evaluate(config, first, checkpoints, rollouts, phases, stop, log)
+        while step < training.steps and not ended:
             lr, now = learning_rate(step, config.schedule, config.optimizer, training.steps), progress.config()
             set_gradient_clip(trainer.optimizer, now.optimizer.clip_grad)
             batch = rollouts.collect(step, progress, phases, stop)
             if batch.stopped:
-                if config.checkpoint.save and step > saved:
-                    checkpoints.save(step, stage_state=progress.state())
-                log.say(f"stopping in step {step + 1}, whose finished samples are in the journal: {batch.stopped}")
+                ended = f"in step {step + 1}, whose finished samples are in the journal: {batch.stopped}"
                 break
             metrics: dict[str, Any] = {"step": step + 1, "lr": lr, **batch.figures()}
             metrics |= progress.take(batch.facts, batch.tasks)
@@ -110,26 +105,55 @@ def train(config: Config) -> None:
                 metrics |= policy.figures(results)
             if rl.pages and config.logging.dir is not None:
                 _page(config, step, batch, policy, rollouts)
-            last, reason = step + 1 == training.steps, stop.reason()
-            if rl.held_out_prompts and (last or _every(rl.held_out_every_steps, step + 1)):
-                with phases.measure("evaluation"):
-                    metrics |= rollouts.held_out().figures()
+            step += 1
             metrics |= phases.report()
             log.step(metrics, show=False)
-            if last or _every(config.logging.every_steps, step + 1):
+            if step == training.steps or _every(config.logging.every_steps, step):
                 log.say(_line(metrics, training.steps))
-            checkpoints.poll()
-            if config.checkpoint.save and (last or reason or _every(config.checkpoint.every_steps, step + 1)):
-                checkpoints.save(step + 1, stage_state=progress.state())
-                saved = step + 1
             if "next_window" in metrics:
                 settings = loss_settings(progress.config().rl)
-                log.say(f"window of {metrics['next_window']} tokens from step {step + 2} on; {settings.describe()}")
+                log.say(f"window of {metrics['next_window']} tokens from step {step + 1} on; {settings.describe()}")
+                for warning in settings.warnings(updates_per_batch=rl.updates_per_batch):
+                    log.say(f"warning: {warning}")
+            checkpoints.poll()
+            reason = stop.reason()
+            if config.checkpoint.save and (
+                reason or step == training.steps or _every(config.checkpoint.every_steps, step)
+            ):
+                checkpoints.save(step, stage_state=progress.state())
+                rollouts.remove_old_journals()
+                saved = step
             if reason:
-                log.say(f"stopping after step {step + 1}: {reason}")
-                break
-        if first >= training.steps:
+                ended = f"after step {step}: {reason}"
+            else:
+                ended = _evaluate(config, step, checkpoints, rollouts, phases, stop, log)
+        if ended and config.checkpoint.save and step > saved:
+            checkpoints.save(step, stage_state=progress.state())
+        if ended:
+            log.say(f"stopping {ended}")
+        elif first >= training.steps:
             log.say(f"nothing to do: {first} steps are done, training.steps={training.steps}")
+
+
+def _evaluate(
+    config: Config, step: int, checkpoints: Any, rollouts: Any, phases: Any, stop: Any, log: Any
+) -> str | None:
+    """Log the held-out rewards if they are wanted after `step` steps. Where and why the run is to end, if it is asked to meanwhile.
+
+    It follows the checkpoint: it takes long, and a run that dies in it has lost no update and finishes it after the resume.
+    """
+    rl = config.rl
+    due = step == 0 or step >= config.training.steps or _every(rl.held_out_every_steps, step)
+    if not (rl.held_out_prompts and due):
+        return None
+    checkpoints.finish()
+    found = rollouts.held_out(step, phases, stop)
+    if found is None:
+        return f"in the evaluation after step {step}: {stop.reason()}"
+    values = {"event": "evaluation", "after_step": step, **found.figures(), **phases.report()}
+    log.event(values, at_step=step)
+    log.say(f"held-out {found} after step {step}")
+    return None
 
 
 def loss_settings(rl: RLConfig) -> LossSettings:
@@ -186,8 +210,6 @@ def _warnings(config: Config, settings: LossSettings) -> list[str]:
 
 def _line(metrics: dict[str, Any], steps: int) -> str:
     parts = [f"step {metrics['step']}/{steps}  reward {metrics['reward']:.4f}"]
-    if "held_out" in metrics:
-        parts.append("held-out {value:.4f} [{low:.4f}, {high:.4f}]".format(**metrics["held_out"]))
     parts.append(f"tokens {metrics['response_tokens_mean']:.1f}  discarded {metrics['discard_rate']:.0%}")
     if "grad_norm" in metrics:
         parts.append(

@@ -7,12 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from megatron_m1.config.schema import RLConfig
 from megatron_m1.generation.requests import Result
 from megatron_m1.rl.journal import decode_array, encode_array
 from megatron_m1.rl.rewards.protocol import RewardResult
 from megatron_m1.rl.tasks import Task
 
-__all__ = ["Facts", "Sample", "facts_of", "from_record", "sample_of", "to_record"]
+__all__ = [
+    "Facts",
+    "Sample",
+    "counted_reward",
+    "facts_of",
+    "from_record",
+    "sample_of",
+    "to_record",
+    "verdict_record",
+    "with_verdict",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,10 @@ class Sample:
     def truncated(self) -> bool:
         return self.finish_reason == "length"
 
+    @property
+    def has_verdict(self) -> bool:
+        return self.reward is not None or self.reward_error is not None
+
     def judged(self, result: RewardResult) -> "Sample":
         """With the verdict."""
         if result.score is None:
@@ -68,6 +83,19 @@ class Facts:
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+    @property
+    def repetitive(self) -> bool:
+        return self.finish_reason == "stop_repetition"
+
+
+def counted_reward(facts: Facts, rl: RLConfig) -> float | None:
+    """What `rl.truncated` and `rl.repetitive` make of the reward; None: the sample is left out."""
+    rules = {"length": rl.truncated, "stop_repetition": rl.repetitive}
+    rule = rules.get(facts.finish_reason, "score")
+    if facts.reward is None or rule == "drop":
+        return None
+    return 0.0 if rule == "zero" else facts.reward
 
 
 def facts_of(sample: Sample) -> Facts:
@@ -107,7 +135,7 @@ def to_record(sample: Sample) -> dict[str, Any]:
         "logprobs": encode_array(sample.logprobs),
         "finish_reason": sample.finish_reason,
         "text": sample.text,
-        "routing": None if sample.routing is None else encode_array(sample.routing),
+        "routing": None if sample.routing is None else encode_array(sample.routing, compress=True),
     }
 
 
@@ -125,3 +153,19 @@ def from_record(record: dict[str, Any]) -> Sample:
         record["text"],
         None if record.get("routing") is None else decode_array(record["routing"]),
     )
+
+
+def verdict_record(sample: Sample) -> dict[str, Any]:
+    """JSON values of the verdict on a sample whose record is in the journal already."""
+    return {
+        "verdict": sample.number,
+        "weights": sample.weights,
+        "reward": sample.reward,
+        "reward_error": sample.reward_error,
+        "parts": sample.parts,
+    }
+
+
+def with_verdict(sample: Sample, record: dict[str, Any]) -> Sample:
+    """The sample with the verdict of `verdict_record`."""
+    return replace(sample, reward=record["reward"], reward_error=record["reward_error"], parts=record["parts"])

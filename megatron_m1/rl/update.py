@@ -20,7 +20,7 @@ from megatron_m1.rl.exchange import gathered, samples_from_replicas
 from megatron_m1.rl.identity import IdentityStats
 from megatron_m1.rl.losses import LossSettings, LossStats, Normalizer, policy_loss
 from megatron_m1.rl.packing import Pack, assign, pack_samples
-from megatron_m1.rl.samples import Facts, Sample, facts_of
+from megatron_m1.rl.samples import Facts, Sample, counted_reward, facts_of
 
 __all__ = ["PolicyBatch", "split_groups"]
 
@@ -198,9 +198,7 @@ def split_groups(groups: Sequence[int], updates: int) -> list[list[int]]:
 
 def _advantages(facts: Sequence[Facts], rl: RLConfig) -> Tensor:
     """[samples] float64, from the rewards after penalties."""
-    rewards = torch.tensor(
-        [0.0 if rl.truncated == "zero" and f.truncated else f.reward for f in facts], dtype=torch.float64
-    )
+    rewards = torch.tensor([counted_reward(sample, rl) for sample in facts], dtype=torch.float64)
     if rl.overlong_tokens:
         lengths = torch.tensor([sample.length for sample in facts])
         rewards += overlong_penalty(lengths, max_length=rl.max_new_tokens, cache_length=rl.overlong_tokens)

@@ -102,6 +102,16 @@ def metrics(folder: Path, run: str) -> dict[int, dict]:
     }
 
 
+def held_out(folder: Path, run: str) -> dict[int, dict]:
+    """Evaluations by the steps before them, without times."""
+    entries = [json.loads(line) for line in (folder / run / "log/metrics.jsonl").read_text().splitlines()]
+    return {
+        entry["after_step"]: {k: v for k, v in entry.items() if k.startswith("held_out")}
+        for entry in entries
+        if entry.get("event") == "evaluation"
+    }
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, rank_pool) -> Path:
     folder = tmp_path_factory.mktemp("rl")
@@ -118,19 +128,26 @@ def test_held_out_reward_rises_on_two_data_parallel_ranks(folder, ranks):
         ),
         timeout_s=120,
     )
-    lines = [json.loads(line) for line in (folder / "dp2/log/metrics.jsonl").read_text().splitlines()]
-    before = next(line["held_out"] for line in lines if line.get("after_step") == 0)
-    steps = metrics(folder, "dp2")
-    assert 0.1 < before["value"] < 0.6 and steps[10]["held_out"]["low"] > before["high"], (before, steps[10])
+    steps, evaluations = metrics(folder, "dp2"), held_out(folder, "dp2")
+    assert evaluations.keys() == {0, 10}
+    before, after = (evaluations[step]["held_out"] for step in (0, 10))
+    assert 0.1 < before["value"] < 0.6 and after["low"] > before["high"], (before, after)
     for step in steps.values():
         assert step["updates"] == 4 and step["first_is_weight"] == pytest.approx(1.0, abs=1e-12)
         assert step["first_off_policy_share"] == 0.0 < step["off_policy_share"]
         assert step["max_abs_diff"] < 1e-4 and step["pearson"] > 0.999999 and step["k3_kl"] < 1e-8
         assert 0 <= step["discard_rate"] < 1 and step["kept"] == SAMPLES and math.isfinite(step["grad_norm"])
     records = [r for path in (folder / "dp2/journal").glob("step_00000001.*") for r in read_journal(path)]
-    assert len({r["number"] for r in records}) == len(records) == steps[1]["sampled"]
+    samples, verdicts = ([r for r in records if ("verdict" in r) == judged] for judged in (False, True))
+    assert len({r["number"] for r in samples}) == len(samples) == steps[1]["sampled"]
+    assert sorted(r["verdict"] for r in verdicts) == sorted(r["number"] for r in samples)
     assert (folder / "dp2/log/rollouts/step_00000010.html").read_text().count('class="sample"') >= SAMPLES
     assert len(list((folder / "dp2/journal").glob("step_00000001.replica_*"))) == 2
+
+
+def sampled(path: Path) -> list[dict]:
+    """The records of samples of a journal."""
+    return [record for record in read_journal(path) if "verdict" not in record]
 
 
 SCHEDULED = {
@@ -162,9 +179,7 @@ def whole(folder, rank_pool) -> dict[int, dict]:
 
 def test_window_curriculum_and_filter_act_in_the_loop(folder, whole):
     assert [whole[step]["window"] for step in (1, 2, 3)] == [2, 2, 3] and whole[2]["next_window"] == 3
-    samples = {
-        step: list(read_journal(folder / f"whole/journal/step_{step:08d}.replica_00000.jsonl")) for step in (1, 2, 3)
-    }
+    samples = {step: sampled(folder / f"whole/journal/step_{step:08d}.replica_00000.jsonl") for step in (1, 2, 3)}
     assert {step: max(len(r["response"]) for r in samples[step]) for step in (1, 2, 3)} == {1: 2, 2: 2, 3: 3}
     rl = from_yaml(folder / "whole/log/config.yaml").rl
     tasks, rates, replaced = TaskMix(rl, seed=3), PassRates(easy_above=0.3, hard_below=0.05, min_attempts=8), 0
@@ -219,13 +234,13 @@ def test_a_run_that_is_ended_goes_on_with_the_same_bits(folder, whole, ranks):
     said = signalled(folder, "ended", signal.SIGTERM, step=2, samples=10, **SCHEDULED | {"checkpoint__every_steps": 0})
     assert "stopping in step 2, whose finished samples are in the journal: SIGTERM" in said
     assert (folder / "ended/save/latest").read_text().strip() == "step_00000001"
-    before[2] = {r["number"] for r in read_journal(journals[0])}
+    before[2] = {r["number"] for r in sampled(journals[0])}
     signalled(folder, "ended", signal.SIGKILL, step=3, samples=10, **SCHEDULED)
     assert (folder / "ended/save/latest").read_text().strip() == "step_00000002"
-    before[3] = {r["number"] for r in read_journal(journals[1])}
+    before[3] = {r["number"] for r in sampled(journals[1])}
     ranks(1, rl_rank, options(folder, "ended", resume=True, **SCHEDULED), timeout_s=120)
     for step, journal in zip((2, 3), journals, strict=True):
-        after = [r["number"] for r in read_journal(journal)]
+        after = [r["number"] for r in sampled(journal)]
         assert len(after) == len(set(after)) == whole[step]["sampled"]  # none was generated twice
         assert len(before[step]) >= 10 and before[step] < set(after)
     assert whole == metrics(folder, "ended")
@@ -321,9 +336,9 @@ def one_step(folder: Path, run: str) -> tuple[dict[int, tuple], dict]:
     samples = {
         r["number"]: (r["prompt"], r["response"], r["finish_reason"])
         for path in (folder / run / "journal").glob("step_00000001.*")
-        for r in read_journal(path)
+        for r in sampled(path)
     }
-    return samples, metrics(folder, run)[1]
+    return samples, metrics(folder, run)[1] | held_out(folder, run)[1]
 
 
 @pytest.fixture(scope="module")

@@ -128,11 +128,37 @@ def test_a_failed_write_leaves_no_trace(tmp_path, monkeypatch):
     assert [record["id"] for record in read_journal(path)] == [0, 2]
 
 
+@pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "int64", "bool", ">f8"])
-def test_arrays_come_back_bit_for_bit(dtype):
+def test_arrays_come_back_bit_for_bit(dtype, compress):
     array = (np.random.default_rng(0).normal(size=(3, 5)) * 100).astype(dtype)
     if dtype == "float32":
         array[0, :2] = [np.nan, -0.0]
-    back = decode_array(json.loads(json.dumps(encode_array(array))))
+    back = decode_array(json.loads(json.dumps(encode_array(array, compress=compress))))
     assert back.dtype == array.dtype.newbyteorder("<") and back.shape == array.shape
     assert back.tobytes() == array.astype(array.dtype.newbyteorder("<")).tobytes()
+
+
+def test_compressed_arrays_are_small_and_old_ones_are_read():
+    experts = np.random.default_rng(0).integers(0, 4, (500, 4, 2)).astype(np.uint8)
+    small, plain = encode_array(experts, compress=True), encode_array(experts)
+    assert len(small["zlib"]) < 0.4 * len(plain["base64"]) and "base64" not in small
+    old = {"dtype": "|u1", "shape": [3], "base64": "AQID"}
+    assert decode_array(old).tolist() == [1, 2, 3] and encode_array(np.array([1, 2, 3], np.uint8)) == old
+
+
+def test_slow_records_are_synchronised_one_by_one_and_fast_ones_now_and_then(tmp_path, monkeypatch):
+    now, synced = [100.0], []
+
+    def fsync(fd):
+        synced.append(now[0])
+        now[0] += 1.0
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Journal(tmp_path / "j.jsonl", sync_every=None) as journal:
+        monkeypatch.setattr(os, "fsync", fsync)
+        for wait in (60.0, 60.0, 1.0, 10.0, 10.0, 10.0):
+            now[0] += wait
+            journal.append({"id": 0})
+    # A second each: the next one not before 19 others have passed; the last one on closing.
+    assert synced == [160.0, 221.0, 243.0, 254.0]

@@ -85,9 +85,10 @@ def test_gradient_is_that_of_one_rank(world, parallel, ranks, reference):
 
 
 def test_gradient_does_not_depend_on_packing(ranks, reference):
-    longer = tiny_config()
-    longer.training.micro_batch = 5
-    assert worst(reference, ranks(1, gradients, longer)) <= BOUND
+    shorter = tiny_config()
+    shorter.training.micro_batch = 1
+    (found,) = ranks(1, gradients, shorter)
+    assert 0 < worst(reference, [found]) <= BOUND  # other packs, other rounding
     assert worst(reference, ranks(1, gradients, tiny_config(engine="reference"))) <= BOUND
 
 
