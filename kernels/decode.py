@@ -2,6 +2,7 @@
 
 import torch
 from m1_kernels import triton_runtime
+from m1_kernels.checks import check_devices, check_slopes
 from m1_kernels.choice import Implementation, choose
 
 __all__ = ["lightning_attention_step", "lightning_attention_step_packed"]
@@ -23,7 +24,8 @@ def lightning_attention_step(
 
     q, k, v: [B, H, D], the new token of each of B sequences, any strides.  slopes: float32 [H].
     state: [S, H, D, D], float32 (float64 with float64 inputs), each [D, D] contiguous; S = B without `slots`.
-    slots: int32 or int64 [B], the row of `state` that each sequence owns, no two the same; -1 for none.
+    slots: int32 or int64 [B], the row of `state` that each sequence owns, no two the same; -1 for none. A slot past the pool is a
+        ValueError in "torch" and as -1 in "triton", which cannot look at it.
     active: bool [B]. Where it is False, or the slot is -1, the state keeps every bit and the output is zero, whatever q, k, v hold.
     implementation: "auto", "triton" (one kernel, bound by reading and writing the state) or "torch".
 
@@ -68,6 +70,7 @@ def _check(q, k, v, state, slopes, active, slots) -> None:
             f"q {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)}, v {v.dtype} {tuple(v.shape)} "
             "must share one dtype and one shape [B, H, D]"
         )
+    check_devices(q=q, k=k, v=v, state=state, slopes=slopes, active=active, slots=slots)
     batch, heads, dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = batch if slots is None else state.shape[0]
@@ -80,6 +83,7 @@ def _check(q, k, v, state, slopes, active, slots) -> None:
         raise ValueError(f"state has strides {state.stride()}; each [D, D] of it must be contiguous")
     if slopes.shape != (heads,) or slopes.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"slopes {slopes.dtype} {tuple(slopes.shape)} must be float32 [{heads}]")
+    check_slopes(slopes)
     if active is not None and (active.shape != (batch,) or active.dtype != torch.bool):
         raise ValueError(f"active {active.dtype} {tuple(active.shape)} must be bool [{batch}]")
     if slots is not None and (slots.shape != (batch,) or slots.dtype not in (torch.int32, torch.int64)):
@@ -94,6 +98,10 @@ def _torch_step(q, k, v, state, slopes, active, slots, silu: bool) -> torch.Tens
     live = slots >= 0 if active is None else (slots >= 0) & active
     chosen = live.nonzero().squeeze(-1)
     rows = slots[chosen]
+    if len(rows) and int(rows.max()) >= len(state):
+        raise ValueError(
+            f"slot {int(rows.max())} is past the {len(state)} rows of state; pass a row below, or -1 for none"
+        )
     part, out = state[rows], torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     out[chosen] = _torch_step_of_all(q[chosen], k[chosen], v[chosen], part, slopes)
     state[rows] = part

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from m1_kernels import triton_attention
+from m1_kernels.checks import check_devices, check_slopes
 from m1_kernels.choice import Implementation, choose
 from m1_kernels.chunked import lightning_attention_chunked, lightning_attention_packed_chunked
 from m1_kernels.reference import lightning_attention_reference
@@ -83,7 +84,7 @@ def lightning_attention(
     q, k, v: [B, T, H, D], any strides (views of a packed projection are read in place), bf16, fp16, fp32 or fp64.
         Take them apart with torch.split or unbind, whose backward is one concatenation, rather than by slicing, or use
         `lightning_attention_packed`, whose backward needs none.
-    slopes: float32 [H], >= 0, see `m1_kernels.slopes`; not differentiated.
+    slopes: float32 [H], >= 0, see `m1_kernels.slopes`; not differentiated. The g_gamma of flash-linear-attention is -slopes.
     cu_seqlens: int32 [S+1], cumulative document lengths in a pack of B = 1; the state starts anew at each document.
         Documents may be empty. Tokens at and beyond cu_seqlens[-1] are padding: never read, zero output and gradient.
     initial_state: [S, H, D, D] (key dimension first), S = B without cu_seqlens; float32, or float64 for fp64 inputs.
@@ -97,8 +98,10 @@ def lightning_attention(
     equal. Under a named strategy a packed document equals the same one alone, and a prefill resumed at a multiple of
     `triton_attention.CHUNK` ("segmented": of `SEGMENT`) the whole one, bit for bit; else to tolerance (2e-6 relative RMS per
     head in float32): another batch of products may be summed in another order.
-    The Triton kernels never synchronise with the host, so they cannot refuse cu_seqlens that fall or run past T.
-    Raises ValueError, with the remedy, for shapes or dtypes that break the above and for an impossible implementation.
+    The Triton kernels never synchronise with the host, so they cannot refuse cu_seqlens that do not rise from 0 to at most T. They
+    leave no tensor then: edges count as if moved into it, tokens before the first document as padding; where edges fall, results are
+    unspecified. Slopes below 0 are refused on the CPU alone, for the same reason.
+    Raises ValueError, with the remedy, for shapes, dtypes or devices that break the above and for an impossible implementation.
     Source: MiniMax-01 report (arXiv 2501.08313), Lightning Attention-2 (arXiv 2401.04658).
     """
     _check(q, k, v, slopes, initial_state, cu_seqlens)
@@ -180,6 +183,7 @@ def lightning_attention_read(
     (do, states) transposed, that of the states is `lightning_attention_state` of (q, do) with `reverse` the other way.
     """
     _check(q, q, q, slopes, states, cu_seqlens)
+    check_devices(q=q, out=out)
     if out.shape != q.shape or out.dtype != q.dtype:
         raise ValueError(f"out {out.dtype} {tuple(out.shape)} must be like q, {q.dtype} {tuple(q.shape)}")
     chosen = choose("lightning_attention_read", READ_IMPLEMENTATIONS, implementation, q)
@@ -204,11 +208,7 @@ def _check(q, k, v, slopes, initial_state, cu_seqlens) -> None:
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must share one shape [B, T, H, D]; "
             "lightning attention has as many key and value heads as query heads"
         )
-    apart = {x.device for x in (q, k, v, *(() if initial_state is None else (initial_state,)))}
-    if len(apart) > 1:
-        raise ValueError(
-            f"q, k, v and initial_state are on {', '.join(sorted(map(str, apart)))}; move them to one device"
-        )
+    check_devices(q=q, k=k, v=v, slopes=slopes, initial_state=initial_state, cu_seqlens=cu_seqlens)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
             f"q {q.dtype}, k {k.dtype}, v {v.dtype} must share one dtype of bf16, fp16, fp32, fp64; cast them"
@@ -219,6 +219,7 @@ def _check(q, k, v, slopes, initial_state, cu_seqlens) -> None:
             f"slopes {slopes.dtype} {tuple(slopes.shape)} must be float32 [{heads}]; lower precision rounds "
             "decays to 1: pass m1_kernels.slopes(...)"
         )
+    check_slopes(slopes)
     documents = batch
     if cu_seqlens is not None:
         if batch != 1:

@@ -3,6 +3,7 @@
 import itertools
 
 import torch
+from m1_kernels.checks import document_edges
 
 __all__ = ["lightning_attention_reference"]
 
@@ -30,10 +31,11 @@ def lightning_attention_reference(
     if cu_seqlens is None:
         spans = [(row, 0, tokens) for row in range(batch)]
     else:
-        edges = cu_seqlens.tolist()
+        edges = document_edges(cu_seqlens, tokens)
         spans = [(0, start, end) for start, end in itertools.pairwise(edges)]
 
-    rows = [[q.new_zeros(heads, dim)] * tokens for _ in range(batch)]
+    # Not plain zeros: padding has a gradient, which is zero.
+    rows = [list(row.unbind()) for row in torch.where(torch.zeros_like(q, dtype=torch.bool), q, 0)]
     final_states = []
     for index, (row, start, end) in enumerate(spans):
         state = q.new_zeros(heads, dim, dim, dtype=dtype) if initial_state is None else initial_state[index].to(dtype)
@@ -42,7 +44,9 @@ def lightning_attention_reference(
             rows[row][t] = torch.einsum("hd,hde->he", q[row, t].to(dtype), state).to(q.dtype)
         final_states.append(state)
 
-    o = torch.stack([torch.stack(row) for row in rows]) if tokens else q * 1
+    o = torch.stack([torch.stack(row) for row in rows]) if batch and tokens else q * 1
     if not return_final_state:
         return o
-    return o, torch.stack(final_states) if final_states else q.new_zeros(0, heads, dim, dim, dtype=dtype)
+    if not final_states:
+        return o, q.new_zeros(0, heads, dim, dim, dtype=dtype) if initial_state is None else initial_state * 1
+    return o, torch.stack(final_states)

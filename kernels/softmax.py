@@ -4,6 +4,7 @@ import inspect
 import itertools
 
 import torch
+from m1_kernels.checks import check_devices, document_edges
 from m1_kernels.softmax_blocks import longest_document, softmax_attention_backward, softmax_attention_forward
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,7 +35,8 @@ def softmax_attention(
     multiple of 8 up to 256; else document by document).
     return_lse: also lse [B, Hq, T], the natural logarithm of sum exp(scale * q k^T) over a query's keys: fp32 (fp64 for fp64
         inputs), -inf in padding. A gradient that reaches lse raises NotImplementedError.
-    Raises ValueError for shapes that break the above.
+    Raises ValueError for shapes or devices that break the above, and where cu_seqlens is read for one that does not rise from 0 to at
+    most T.
     """
     _check(q, k, v, cu_seqlens)
     if return_lse:
@@ -65,7 +67,7 @@ def _dense(q, k, v, scale: float, causal: bool) -> torch.Tensor:
 
 
 def _document_by_document(q, k, v, scale: float, cu_seqlens: torch.Tensor, causal: bool) -> torch.Tensor:
-    edges = cu_seqlens.tolist()
+    edges = document_edges(cu_seqlens, q.shape[1])
     lengths = [end - start for start, end in itertools.pairwise(edges)] + [q.shape[1] - edges[-1]]
     # split, not slices: its backward is one concatenation instead of one pack-sized gradient per document
     *documents, padding = zip(*(x.split(lengths, dim=1) for x in (q, k, v)))
@@ -97,13 +99,12 @@ class _WithLse(torch.autograd.Function):
         ctx.options = {
             "scale": scale,
             "causal": causal,
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_k": cu_seqlens,
             "max_seqlen_q": max_seqlen,
             "max_seqlen_k": max_seqlen,
         }
-        o, lse = softmax_attention_forward(q, k, v, **ctx.options)
-        ctx.save_for_backward(q, k, v, o, lse)
+        pack = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        o, lse = softmax_attention_forward(q, k, v, **ctx.options, **pack)
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -114,7 +115,9 @@ class _WithLse(torch.autograd.Function):
             raise NotImplementedError("lse of softmax_attention has no gradient; detach it, or use torch.logsumexp")
         if do is None:
             return (None,) * 7
-        return *softmax_attention_backward(do, *ctx.saved_tensors, **ctx.options), None, None, None, None
+        *tensors, cu_seqlens = ctx.saved_tensors
+        pack = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+        return *softmax_attention_backward(do, *tensors, **ctx.options, **pack), None, None, None, None
 
 
 class _ZeroPaddingGradient(torch.autograd.Function):
@@ -136,9 +139,12 @@ def _check(q, k, v, cu_seqlens) -> None:
         raise ValueError(
             f"q {tuple(q.shape)} must be [B, T, Hq, D] and k {tuple(k.shape)}, v {tuple(v.shape)} [B, Tk, Hkv, D]"
         )
+    check_devices(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{k.shape[2]} key/value heads must divide {q.shape[2]} query heads")
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"T={q.shape[1]} queries must not outnumber Tk={k.shape[1]} keys")
     if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
         raise ValueError(f"cu_seqlens needs B=1 and Tk=T, got q {tuple(q.shape)}, k {tuple(k.shape)}")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or len(cu_seqlens) < 1):
+        raise ValueError(f"cu_seqlens {tuple(cu_seqlens.shape)} must be int32 [S+1]")

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+from m1_kernels.checks import document_edges
 from torch import Tensor
 
 __all__ = ["longest_document", "merge_attention", "softmax_attention_backward", "softmax_attention_forward"]
@@ -50,7 +51,7 @@ def softmax_attention_forward(
         covered = _covered(q, cu_seqlens_q)
         return o.where(covered[:, None, None], 0)[None], lse.where(covered, -torch.inf)[None]
     o, lse = torch.zeros_like(q), q.new_full(_lse_shape(q), -torch.inf, dtype=_computation_dtype(q))
-    for at, keys in _documents(cu_seqlens_q, cu_seqlens_k):
+    for at, keys in _documents(q, k, cu_seqlens_q, cu_seqlens_k):
         o[:, at], lse[:, :, at] = _dense_forward(q[:, at], k[:, keys], v[:, keys], scale, causal)
     return o, lse
 
@@ -87,7 +88,7 @@ def softmax_attention_backward(
         )
         return dq, dk, dv
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-    for at, keys in _documents(cu_seqlens_q, cu_seqlens_k):
+    for at, keys in _documents(q, k, cu_seqlens_q, cu_seqlens_k):
         dq[:, at], dk[:, keys], dv[:, keys] = _dense_backward(
             do[:, at], q[:, at], k[:, keys], v[:, keys], o[:, at], lse[:, :, at], scale, causal
         )
@@ -240,8 +241,8 @@ def _slabs(q: Tensor, k: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + rows, q.shape[1])) for start in range(0, q.shape[1], rows))
 
 
-def _documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    edges = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+def _documents(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    edges = zip(document_edges(cu_seqlens_q, q.shape[1]), document_edges(cu_seqlens_k, k.shape[1]), strict=True)
     for (start, first_key), (end, last_key) in itertools.pairwise(edges):
         if end > start:
             yield slice(start, end), slice(first_key, last_key)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
+from m1_kernels.checks import document_edges
 
 __all__ = ["document_states_torch", "read_states_torch"]
 
@@ -50,12 +51,12 @@ def _blocks(
     x: torch.Tensor, cu_seqlens: torch.Tensor | None, slopes: torch.Tensor, dtype: torch.dtype, *, from_start: bool
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """(documents, tokens, weights [tokens, H, 1]): e^{-s (i+1)} of token i of a document of n, or e^{-s (n-1-i)}."""
-    edges = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    edges = (0, x.shape[1]) if cu_seqlens is None else document_edges(cu_seqlens, x.shape[1])
     for document, (start, end) in enumerate(itertools.pairwise(edges)):
         rows = slice(None) if cu_seqlens is None else slice(document, document + 1)
         for first in range(start, end, BLOCK_TOKENS):
             last = min(first + BLOCK_TOKENS, end)
             token = torch.arange(first, last, device=x.device, dtype=torch.float64)
             distance = token + (1 - start) if from_start else (end - 1) - token
-            weights = (distance[:, None] * -slopes.to(x.device, torch.float64)).exp()
+            weights = (distance[:, None] * -slopes.double()).exp()
             yield rows, slice(first, last), weights.to(dtype).unsqueeze(-1)

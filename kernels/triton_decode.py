@@ -27,7 +27,7 @@ def step(
     columns = min(block, BLOCK_V)
     if out.numel():
         _step_kernel[(batch * heads * triton.cdiv(dim, columns),)](
-            q, k, v, state, slopes.contiguous(), active, slots, out, heads,
+            q, k, v, state, slopes.contiguous(), active, slots, out, heads, len(state),
             *q.stride(), *k.stride(), *v.stride(), *state.stride()[:2],
             D=dim, BLOCK_K=block, BLOCK_V=columns, SILU=silu, num_warps=_num_warps(block),
         )  # fmt: skip
@@ -51,9 +51,9 @@ def _silu(x, source):
     return (x * tl.sigmoid(x)).to(source.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _step_kernel(
-    q, k, v, state, slopes, active, slots, out, heads,
+    q, k, v, state, slopes, active, slots, out, heads, rows,
     q_slot, q_head, q_dim, k_slot, k_head, k_dim, v_slot, v_head, v_dim,
     state_slot, state_head,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SILU: tl.constexpr,
@@ -67,7 +67,7 @@ def _step_kernel(
     live = entry >= 0
     if slots is not None:
         slot = tl.load(slots + entry).to(tl.int64)
-        live = slot >= 0
+        live = (slot >= 0) & (slot < rows)
     if active is not None:
         live = live & (tl.load(active + entry) != 0)
     keys = tl.arange(0, BLOCK_K)
@@ -90,7 +90,7 @@ def _step_kernel(
 
 def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
     """(name, kernel, signature, constexprs, options) of every kernel at M1's shapes, for offline compilation; see `triton_norm`."""
-    types = {"state": "*fp32:16", "slopes": "*fp32:16", "active": "*i1:16", "slots": "*i32:16", "heads": "i32:16"}
+    types = {"state": "*fp32:16", "slopes": "*fp32:16", "active": "*i1:16", "slots": "*i32:16", "heads": "i32:16", "rows": "i32"}
     cases = []
     for dim, dtype, given in ((128, "bf16", {"active": None, "slots": None}), (128, "bf16", {}), (256, "fp32", {})):
         constants: dict[str, object] = {"D": dim, "BLOCK_K": dim, "BLOCK_V": BLOCK_V, "SILU": bool(given), **given}

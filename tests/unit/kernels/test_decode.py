@@ -121,6 +121,16 @@ def test_slots_pick_rows_of_a_pool(step: Step, dtype: torch.dtype) -> None:
     assert torch.equal(guarded[0], guard)
 
 
+def test_a_slot_past_the_pool_touches_no_memory() -> None:
+    """The kernel cannot refuse it on a GPU; it is as none."""
+    q, k, v = (x.to(DEVICE) for x in token_inputs(3, 2, 16, torch.float32))
+    guarded, slots = torch.randn(5, 2, 16, 16, device=DEVICE), torch.tensor([1, 3, 2**31 - 1], dtype=torch.int32)
+    before, decay = guarded.clone(), slopes(2, 0, 8).to(DEVICE)
+    out = lightning_attention_step(q, k, v, guarded[:2], decay, slots=slots.to(DEVICE), implementation="triton")
+    assert not out[1:].any() and out[0].any()
+    assert torch.equal(guarded[[0, 2, 3, 4]], before[[0, 2, 3, 4]]) and not torch.equal(guarded[1], before[1])
+
+
 def test_without_sequences(step: Step) -> None:
     empty = torch.zeros(0, 2, 16)
     assert step(empty, empty, empty, torch.zeros(0, 2, 16, 16), slopes(2, 0, 8)).shape == (0, 2, 16)
@@ -135,6 +145,9 @@ def test_wrong_inputs_are_refused_with_a_remedy() -> None:
         ((q, q, q, state.expand(2, -1, -1, -1), decay), {}, r"must be torch\.float32 \(1, 2, 4, 4\)"),
         ((q, q, q, state.mT, decay), {}, "must be contiguous"),
         ((q, q, q, state, decay[:1]), {}, r"must be float32 \[2\]"),
+        ((q, q, q, state, -decay), {}, "must be >= 0"),
+        ((q, q, q, state, decay.to("meta")), {}, "slopes on meta"),
+        ((q, q, q, state, decay), {"slots": torch.tensor([1])}, "slot 1 is past the 1 rows of state"),
         ((q, q, q, state, decay), {"active": torch.ones(1)}, r"must be bool \[1\]"),
         ((q, q, q, state, decay), {"slots": torch.zeros(2, dtype=torch.int32)}, r"must be int32 \[1\]"),
         ((q, q, q, state, decay), {"implementation": "fla"}, "use one of auto, triton, torch"),

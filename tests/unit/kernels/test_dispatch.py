@@ -2,7 +2,16 @@ import logging
 
 import pytest
 import torch
-from m1_kernels import choice, dispatch, lightning_attention, lightning_attention_packed, slopes
+from m1_kernels import (
+    choice,
+    dispatch,
+    lightning_attention,
+    lightning_attention_packed,
+    lightning_attention_read,
+    lightning_attention_state,
+    slopes,
+    softmax_attention,
+)
 
 
 @pytest.fixture
@@ -89,9 +98,13 @@ def test_wrong_inputs_are_refused_with_a_remedy(qkv: list[torch.Tensor]) -> None
     refused = [
         ((q, k[:, :3], v, decay), {}, "must share one shape"),
         ((q, k.half(), v, decay), {}, "must share one dtype"),
-        ((q, k.to("meta"), v, decay), {}, "are on cpu, meta; move them to one device"),
-        ((q, k, v, decay), {"initial_state": state.to("meta")}, "are on cpu, meta"),
-        ((*(x.to("meta") for x in qkv), decay), {}, "found none for torch.float32 on meta"),
+        ((q, k.to("meta"), v, decay), {}, "q on cpu, k on meta, v on cpu, slopes on cpu; move them to one device"),
+        ((q, k, v, decay), {"initial_state": state.to("meta")}, "initial_state on meta"),
+        ((q, k, v, decay.to("meta")), {}, "slopes on meta"),
+        ((q, k, v, decay), {"cu_seqlens": pack.to("meta")}, "cu_seqlens on meta"),
+        ((*(x.to("meta") for x in qkv), decay.to("meta")), {}, "found none for torch.float32 on meta"),
+        ((q, k, v, -decay), {}, "must be >= 0: .* negate the g_gamma"),
+        ((q, k, v, decay * float("nan")), {}, "must be >= 0"),
         ((q, k, v, decay.bfloat16()), {}, "must be float32"),
         ((q, k, v, decay[:1]), {}, r"must be float32 \[2\]"),
         ((q, k, v, decay), {"initial_state": state.bfloat16()}, "never below float32"),
@@ -105,3 +118,24 @@ def test_wrong_inputs_are_refused_with_a_remedy(qkv: list[torch.Tensor]) -> None
     for arguments, options, message in refused:
         with pytest.raises(ValueError, match=message):
             lightning_attention(*arguments, **options)
+
+
+@pytest.mark.parametrize("edges", [[0, 8], [1, 5], [0, 4, 3, 5]])
+def test_bad_packs_are_refused_on_the_cpu_by_all_that_read_them(edges: list[int], qkv: list[torch.Tensor]) -> None:
+    q, k, v = qkv
+    decay, states = slopes(2, 0, 8), torch.zeros(len(edges) - 1, 2, 4, 4)
+    pack = {"cu_seqlens": torch.tensor(edges, dtype=torch.int32)}
+    soft = {"scale": 0.5, **pack}
+    calls = {
+        "torch": lambda: lightning_attention(q, k, v, decay, **pack),
+        "packed": lambda: lightning_attention_packed(torch.cat(qkv, dim=-1), decay, **pack),
+        "reference": lambda: lightning_attention(q, k, v, decay, implementation="reference", **pack),
+        "state": lambda: lightning_attention_state(k, v, decay, **pack),
+        "read": lambda: lightning_attention_read(q, states, decay, out=q.clone(), **pack),
+        "softmax": lambda: softmax_attention(q, k, v, **soft),
+        "softmax with lse": lambda: softmax_attention(q, k, v, return_lse=True, **soft),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=r"cu_seqlens=.* must start at 0, never fall, and end at or before T=5"):
+            call()
+            pytest.fail(name)

@@ -293,6 +293,26 @@ def test_padding_of_a_packed_projection_is_never_read() -> None:
     assert torch.equal(*gradients) and not gradients[0][:, C + 7 :].any()
 
 
+@pytest.mark.parametrize("implementation", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("edges", [[0], [0, 0], [0, 0, 0], None], ids=str)
+def test_without_a_token_in_any_document(edges: list[int] | None, implementation: str) -> None:
+    """Packs that are all padding, which may be NaN, and a batch without rows: zeros, and states as they came."""
+    device = "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+    rows, documents = (0, 0) if edges is None else (1, len(edges) - 1)
+    qkv = torch.full((rows, 5, 2, 48), float("nan"), device=device, requires_grad=True)
+    initial = torch.randn(documents, 2, 16, 16, device=device, requires_grad=True)
+    cu_seqlens = None if edges is None else torch.tensor(edges, dtype=torch.int32, device=device)
+    o, final = lightning_attention(
+        *qkv.split(16, dim=-1), slopes(2, 0, 8).to(device), initial_state=initial, cu_seqlens=cu_seqlens,
+        return_final_state=True, implementation=implementation,
+    )  # fmt: skip
+    dfinal = torch.randn(final.shape, device=device)
+    torch.autograd.backward([o, final], [torch.ones_like(o), dfinal])
+    assert o.shape == (rows, 5, 2, 16) and not o.any() and qkv.grad.shape == qkv.shape and not qkv.grad.any()
+    assert torch.equal(final, initial)
+    assert torch.equal(initial.grad, dfinal) or not documents
+
+
 def test_the_oracle_is_not_trivial() -> None:
     for name, expected in oracle(Case(tokens=C + 1)).items():
         assert expected.abs().mean() > 0.1, name

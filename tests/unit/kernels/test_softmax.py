@@ -178,6 +178,14 @@ def test_merging_into_rows_without_keys_takes_the_block() -> None:
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
+def test_lengths_that_change_before_the_backward_are_noticed() -> None:
+    inputs, cu_seqlens = make(6, 6, batch=1), torch.tensor([0, 2, 6], dtype=torch.int32)
+    o, _ = softmax_attention(*inputs, scale=SCALE, cu_seqlens=cu_seqlens, return_lse=True)
+    cu_seqlens[1] = 4
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
 def test_wrong_shapes_are_refused() -> None:
     q, k, v = make(5, 5)
     refused = [
@@ -185,6 +193,8 @@ def test_wrong_shapes_are_refused() -> None:
         ((q[:, :, :3], k, v), {}, "must divide 3 query heads"),
         ((q, k[:, :3], v[:, :3]), {}, "must not outnumber"),
         ((q, k, v), {"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens needs B=1"),
+        ((q[:1], k[:1], v[:1]), {"cu_seqlens": torch.tensor(5)}, r"must be int32 \[S\+1\]"),
+        ((q[:1], k[:1], v[:1]), {"cu_seqlens": torch.tensor([0, 5], device="meta")}, "cu_seqlens on meta"),
     ]
     for arguments, options, message in refused:
         with pytest.raises(ValueError, match=message):
