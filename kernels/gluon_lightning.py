@@ -12,7 +12,7 @@ rounded where, is that of `triton_lightning.sweep`: a program has one head, one 
 
 from typing import Any
 
-from m1_kernels.triton_lightning import _span
+from m1_kernels.triton_lightning import _border, _span, _within
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -37,15 +37,15 @@ def descriptor(x: Any, rows: int, columns: int) -> TensorDescriptor:
 
 
 @gluon.jit
-def _document(w, Cu, SEGMENT, documents):
+def _document(w, Cu, T, SEGMENT, documents):
     """As `triton_lightning._document`, which names no layout."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     found = 0
     for first in range(0, documents + 1, 128):
         d = first + gl.arange(0, 128, layout=layout)
-        starts = gl.load(Cu + d, mask=d <= documents, other=0).to(gl.int64)
+        starts = _within(gl.load(Cu + d, mask=d <= documents, other=0), T)
         found += gl.sum(((d <= documents) & (starts // SEGMENT + d <= w)).to(gl.int32), 0)
-    return found - 1
+    return gl.maximum(found - 1, 0)
 
 
 @gluon.jit
@@ -225,7 +225,7 @@ def _advance(
         a = a_tiles.index(stage).reshape([C, D])
         v = v_tiles.index(stage).reshape([C, BV])
         if SAVING:
-            if t % SAVE == 0:
+            if (t > 0) & (t % SAVE == 0):
                 place = saved + (t // SAVE).to(gl.int64) * states_stride
                 gl.store(place + _places(e, across, n // 2**30, D, BV, of_state), state)
         operand = gl.convert_layout(state.to(dtype), state_operand)
@@ -280,7 +280,7 @@ def _advance(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["T", "documents"])
 def sweep(
     A,
     B_,
@@ -298,6 +298,7 @@ def sweep(
     Slopes,
     Cu,
     Entry,
+    States,
     Saved,
     Left,
     T,
@@ -334,7 +335,7 @@ def sweep(
     e = pid % BLOCKS * BV
     document = 0
     if VARLEN:
-        document = _document(w, Cu, SEGMENT, documents)
+        document = _document(w, Cu, T, SEGMENT, documents)
     row, document, start, tokens, is_first, is_last = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
     across = D if TRANSPOSED else 1
     if PAIR:
@@ -355,6 +356,12 @@ def sweep(
                 rows = (start + t + i).to(gl.int64) * stride_ot
                 inside = (t + i < tokens)[:, None] & (m >= 0)[None, :]
                 gl.store(out_rows + (rows[:, None] + m[None, :]), nothing, mask=inside)
+            if is_first:
+                before = _within(gl.load(Cu), T)
+                for t in range(0, before, C):
+                    rows = (t + i).to(gl.int64) * stride_ot
+                    inside = (t + i < before)[:, None] & (m >= 0)[None, :]
+                    gl.store(out_rows + (rows[:, None] + m[None, :]), nothing, mask=inside)
             tokens = 0
             is_first = False
             is_last = False
@@ -367,20 +374,23 @@ def sweep(
     if PAIR:
         ends = ends & (second == 0)
     state = gl.zeros([BV, D], gl.float32, of_state)
-    if ENTRY == 1:
-        entered = begins
-        entry = document
-    if ENTRY == 2:
-        entered = (tokens > 0) | begins
-        entry = w
     if ENTRY:
+        entry = Entry + (document.to(gl.int64) * H + h) * D * D
+        entered = begins
+        if ENTRY >= 2:
+            goes_on = (begins == 0) & (tokens > 0)
+            if ENTRY == 2:
+                entered = goes_on
+            else:
+                entered = begins | goes_on
+            if goes_on:
+                border = start
+                if REVERSE:
+                    border = start + SEGMENT
+                entry = States + (_border(row, border, T, SEGMENT).to(gl.int64) * H + h) * D * D
         if entered:
-            state = gl.load(Entry + (entry.to(gl.int64) * H + h) * D * D + _places(e, across, 0, D, BV, of_state))
-    if VARLEN:
-        slot = start // SAVE + document
-    else:
-        slot = document * gl.maximum(gl.cdiv(T, SAVE), 1)
-    saved = Saved + (slot.to(gl.int64) * H + h) * D * D
+            state = gl.load(entry + _places(e, across, 0, D, BV, of_state))
+    saved = Saved + (_border(row, start, T, SAVE).to(gl.int64) * H + h) * D * D
     left = Left + (document.to(gl.int64) * H + h) * D * D
     s = gl.load(Slopes + h) * LOG2_E
     chunks = gl.cdiv(tokens, C)
@@ -440,7 +450,7 @@ def compile_cases(
     if capability != 90:
         return []
     tile = tiling("specialised", None, 128, capability)
-    types = dict.fromkeys(("Slopes", "Entry", "Saved", "Left"), "*fp32:16")
+    types = dict.fromkeys(("Slopes", "Entry", "States", "Saved", "Left"), "*fp32:16")
     types |= {"Cu": "*i32:16", "OutRows": "*bf16:16", "OutRows2": "*bf16:16", "T": "i32", "documents": "i32"}
     for names, columns in ((("A", "B_", "A2", "B2"), 128), (("V", "Out", "V2", "Out2"), tile.values)):
         types |= dict.fromkeys(names, f"tensordesc<bf16[1,{tile.chunk},1,{columns}],{TILE!r}>")
@@ -457,5 +467,5 @@ def compile_cases(
         case("", SAVING=True),
         case("packed ", SAVING=True, LEAVING=True, ENTRY=1, VARLEN=True),
         case("of spans ", ENTRY=2, TRANSPOSED=True),
-        case("pair ", REVERSE=True, PAIR=True, VARLEN=True, LEAVING=True, ENTRY=2),
+        case("pair ", REVERSE=True, PAIR=True, VARLEN=True, LEAVING=True, ENTRY=3),
     ]

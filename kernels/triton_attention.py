@@ -2,10 +2,10 @@
 
 Forward, fused: one sweep per document. Forward, segmented: the states that spans of a document leave behind
 (`local_states`, two reads), their scan, then sweeps of all spans at once. Backward: dq from the states that the forward
-pass saved at every span; dk and dv in one reverse sweep, fused or segmented likewise. Nothing reads cu_seqlens on the host.
+pass saved where spans meet; dk and dv in one reverse sweep, fused or segmented likewise. Nothing reads cu_seqlens on the host.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def lightning_state_triton(
         return left.zero_()
     segment = segment or call.segment(4)
     states = call.states(segment)
-    call.local_states(states, _readable(k), _readable(v), segment, reverse=reverse, every=True, horizon=horizon)
+    call.local_states(states, _readable(k), _readable(v), segment, reverse=reverse, left=left, horizon=horizon)
     call.scan(states, segment, None, left, reverse=reverse)
     return left
 
@@ -146,8 +146,8 @@ class _Call:
     def of(cls, x: torch.Tensor, slopes: torch.Tensor, cu_seqlens: torch.Tensor | None) -> "_Call":
         batch, tokens, heads, dim = x.shape
         documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        slopes = slopes.to(device=x.device, dtype=torch.float32).contiguous()
-        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(x.device).contiguous()
+        slopes = slopes.float().contiguous()
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         return cls(batch, tokens, heads, dim, documents, slopes, cu_seqlens, x.dtype, x.device)
 
     @property
@@ -185,16 +185,18 @@ class _Call:
     def segment(self, per_processor: int) -> int:
         """Tokens of a span so that each multiprocessor gets about so many programs.
 
-        WHOLE where documents suffice, or are so short that the pass over their states would take longer than it saves.
+        A pack counts as one document, since its longest may be nearly all of it; documents shorter than a span cost nothing.
+        WHOLE where rows suffice, or are so short that the pass over their states would take longer than it saves.
         """
         programs = self.heads * self.blocks
-        if self.documents * programs >= 0.8 * per_processor * self.processors or self.tokens <= 16 * CHUNK:
+        if self.batch * programs >= 0.8 * per_processor * self.processors or self.tokens <= 16 * CHUNK:
             return WHOLE
         spans = max(1, per_processor * self.processors // programs)
         return max(CHUNK * 4, -(-self.batch * self.tokens // (spans * CHUNK)) * CHUNK)
 
     def states(self, segment: int) -> torch.Tensor:
-        shape = (self.spans(segment), self.heads, self.dim, self.dim)
+        """Room for the states where spans meet (`triton_lightning._border`), however many documents there are."""
+        shape = (self.batch * (-(-self.tokens // segment) - 1), self.heads, self.dim, self.dim)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def document_states(self) -> torch.Tensor:
@@ -219,15 +221,16 @@ class _Call:
         segment: int,
         reverse: bool = False,
         entry: torch.Tensor | None = None,
-        entry_per_span: bool = False,
+        states: torch.Tensor | None = None,
         transposed: bool = False,
         saved: torch.Tensor | None = None,
         save: int = WHOLE,
         left: torch.Tensor | None = None,
         second: tuple[torch.Tensor, ...] | None = None,
     ) -> None:
-        """Launch a sweep; transposed: the states in memory are the transposes of the sweep's.
+        """Launch a sweep from the states `entry` of documents and `states` where spans meet.
 
+        transposed: the states in memory are the transposes of the sweep's.
         second: (a, b, v, out) of one more sweep, from the transposes of the states of the first, that leaves no state.
         """
         from m1_kernels import triton_lightning
@@ -235,11 +238,11 @@ class _Call:
         tile = self.tiling("specialised" if self.specialised else "sweep")
         grid = self.spans(segment) * self.heads * self.blocks
         absent = self.slopes
-        states = [absent if x is None else x for x in (self.cu_seqlens, entry, saved, left)]
+        pointers = [absent if x is None else x for x in (self.cu_seqlens, entry, states, saved, left)]
         sizes = (self.tokens, self.heads, segment, save, self.documents)
         constants: dict[str, Any] = {
             "D": self.dim, "BV": tile.values, "C": tile.chunk, "VARLEN": self.cu_seqlens is not None, "REVERSE": reverse,
-            "TRANSPOSED": transposed, "ENTRY": 0 if entry is None else 1 + entry_per_span, "SAVING": saved is not None,
+            "TRANSPOSED": transposed, "ENTRY": (entry is not None) + 2 * (states is not None), "SAVING": saved is not None,
             "LEAVING": left is not None, "STAGES": tile.stages, "num_warps": tile.warps,
         }  # fmt: skip
         if self.specialised:
@@ -254,31 +257,38 @@ class _Call:
             one = tensors(a, b, v, out)
             two = (None,) * len(one) if second is None else tensors(*second)
             gluon_lightning.sweep[(grid if second is None else 2 * grid,)](
-                *one, *two, *out.stride()[:3], self.slopes, *states, *sizes, PAIR=second is not None, **constants
+                *one, *two, *out.stride()[:3], self.slopes, *pointers, *sizes, PAIR=second is not None, **constants
             )
             return
         wide, narrow = (tile.chunk, self.padded_dim), (tile.chunk, tile.values)
         triton_lightning.sweep[(grid,)](
             self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow), self.descriptor(out, *narrow),
-            out, *out.stride()[:3], self.slopes, *states, *sizes, **constants, **self._precision(),
+            out, *out.stride()[:3], self.slopes, *pointers, *sizes, **constants, **self._precision(),
         )  # fmt: skip
         if second is not None:
-            self.sweep(
-                *second, segment=segment, reverse=reverse, entry=entry, entry_per_span=entry_per_span, transposed=True
-            )
+            self.sweep(*second, segment=segment, reverse=reverse, entry=entry, states=states, transposed=True)
 
-    def local_states(self, states, b, v, segment, *, reverse, every=False, horizon=True) -> None:
+    def local_states(self, states, b, v, segment, *, reverse, left=None, horizon=True) -> None:
         from m1_kernels import triton_lightning
 
         tile = self.tiling("local")
         blocks = -(-self.dim // tile.values)
         triton_lightning.local_states[(self.spans(segment) * self.heads * blocks,)](
             self.descriptor(b, tile.chunk, self.padded_dim), self.descriptor(v, tile.chunk, tile.values), self.slopes,
-            self.slopes if self.cu_seqlens is None else self.cu_seqlens, states,
+            self.slopes if self.cu_seqlens is None else self.cu_seqlens, states, states if left is None else left,
             self.tokens, self.heads, segment, self.documents,
-            D=self.dim, BV=tile.values, C=tile.chunk, VARLEN=self.cu_seqlens is not None, REVERSE=reverse, EVERY=every,
+            D=self.dim, BV=tile.values, C=tile.chunk, VARLEN=self.cu_seqlens is not None, REVERSE=reverse, LEAVING=left is not None,
             HORIZON=horizon, STAGES=tile.stages, num_warps=tile.warps, **self._precision(),
         )  # fmt: skip
+
+    def zero_padding(self, x: torch.Tensor) -> None:
+        """Of a pack x [1, T, H, W]."""
+        from m1_kernels import triton_lightning
+
+        if self.cu_seqlens is not None:
+            triton_lightning.zero_padding[(min(self.tokens, 1024),)](
+                x, *x.stride()[1:3], self.cu_seqlens, self.tokens, self.heads, self.documents, W=x.shape[-1], BLOCK=1024
+            )
 
     def scan(self, states, segment, initial, left, *, reverse) -> None:
         from m1_kernels import triton_lightning
@@ -332,17 +342,18 @@ class _Attention(torch.autograd.Function):
         needed = any(ctx.needs_input_grad)
         final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
         ctx.call, ctx.plan = call, plan
-        ctx.save_for_backward(q, k, v, initial_state, states)
+        ctx.save_for_backward(q, k, v, initial_state, states, call.slopes, call.cu_seqlens)
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        q, k, v, initial_state, states = ctx.saved_tensors
+        q, k, v, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
+        call = replace(ctx.call, slopes=slopes, cu_seqlens=cu_seqlens)
         grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
-        dinitial = _backward(ctx.call, ctx.plan, q, k, v, do, dfinal, *grads, initial_state, states)
+        dinitial = _backward(call, ctx.plan, q, k, v, do, dfinal, *grads, initial_state, states)
         return *grads, None, dinitial, None, None, None
 
 
@@ -358,21 +369,24 @@ class _PackedAttention(torch.autograd.Function):
         needed = any(ctx.needs_input_grad)
         final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
         ctx.call, ctx.plan, ctx.activate = call, plan, activate
-        ctx.save_for_backward(qkv, initial_state, states)
+        ctx.save_for_backward(qkv, initial_state, states, call.slopes, call.cu_seqlens)
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        qkv, initial_state, states = ctx.saved_tensors
+        qkv, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
+        call = replace(ctx.call, slopes=slopes, cu_seqlens=cu_seqlens)
         dqkv = torch.empty_strided(qkv.shape, qkv.stride(), dtype=qkv.dtype, device=qkv.device)
         q, k, v = _activated(qkv, ctx.activate)
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
-        gradients = dqkv.split(ctx.call.dim, dim=-1)
-        dinitial = _backward(ctx.call, ctx.plan, q, k, v, do, dfinal, *gradients, initial_state, states)
+        gradients = dqkv.split(call.dim, dim=-1)
+        dinitial = _backward(call, ctx.plan, q, k, v, do, dfinal, *gradients, initial_state, states)
         if ctx.activate:
             torch.ops.aten.silu_backward.grad_input(dqkv, qkv, grad_input=dqkv)
+            # The derivative of what padding holds, NaN perhaps, times zero.
+            call.zero_padding(dqkv)
         return dqkv, None, dinitial, None, None, None, None
 
 
@@ -382,7 +396,7 @@ def _activated(qkv: torch.Tensor, activate: bool) -> tuple[torch.Tensor, ...]:
 
 
 def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: bool, leaving: bool):
-    """Write o; returns (final state [S, H, D, D] if `leaving`, states entering the spans of plan.save if `saving`).
+    """Write o; returns (final state [S, H, D, D] if `leaving`, states where spans of plan.save meet if `saving`).
 
     No states where dq too runs whole documents: it starts from their initial states. The final state of a document in spans
     is that of `scan_states`, so that a document cut between spans goes on with the same bits.
@@ -398,9 +412,9 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
         call.sweep(q, k, v, o, segment=WHOLE, entry=initial_state, saved=states, save=plan.save, left=final_state)
     else:
         states = call.states(plan.forward)
-        call.local_states(states, k, v, plan.forward, reverse=False, every=leaving)
+        call.local_states(states, k, v, plan.forward, reverse=False, left=final_state)
         call.scan(states, plan.forward, initial_state, final_state, reverse=False)
-        call.sweep(q, k, v, o, segment=plan.forward, entry=states, entry_per_span=True)
+        call.sweep(q, k, v, o, segment=plan.forward, entry=initial_state, states=states)
     return final_state, states if saving else None
 
 
@@ -414,16 +428,13 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
             return None
         return dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
     dfinal = None if dfinal is None else dfinal.float().contiguous()
-    entry, per_span = states, True
-    if states is None:
-        entry, per_span = initial_state, False
-    call.sweep(do, v, k, dq, segment=plan.save, entry=entry, entry_per_span=per_span, transposed=True)
-    entry, per_span = dfinal, False
+    call.sweep(do, v, k, dq, segment=plan.save, entry=initial_state, states=states, transposed=True)
+    states = None
     if plan.backward != WHOLE:
-        entry, per_span = call.states(plan.backward), True
-        call.local_states(entry, q, do, plan.backward, reverse=True)
-        call.scan(entry, plan.backward, dfinal, None, reverse=True)
-    options: dict[str, Any] = {"segment": plan.backward, "reverse": True, "entry": entry, "entry_per_span": per_span}
+        states = call.states(plan.backward)
+        call.local_states(states, q, do, plan.backward, reverse=True)
+        call.scan(states, plan.backward, dfinal, None, reverse=True)
+    options: dict[str, Any] = {"segment": plan.backward, "reverse": True, "entry": dfinal, "states": states}
     call.sweep(k, q, do, dv, left=dinitial, second=(v, do, q, dk), **options)
     return dinitial
 

@@ -22,7 +22,13 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _document(w, Cu, SEGMENT, documents):
+def _within(edge, T):
+    """An edge of a document moved into [0, T], int32: wrong ones may give wrong results, but lead out of no tensor."""
+    return tl.maximum(tl.minimum(edge, T), 0).to(tl.int32)
+
+
+@triton.jit
+def _document(w, Cu, T, SEGMENT, documents):
     """The document of a pack that owns span w.
 
     It owns the spans from cu[d] // SEGMENT + d on, which is room enough for each and needs no prefix sum; spans without
@@ -31,9 +37,9 @@ def _document(w, Cu, SEGMENT, documents):
     found = 0
     for first in range(0, documents + 1, 128):
         d = first + tl.arange(0, 128)
-        starts = tl.load(Cu + d, mask=d <= documents, other=0).to(tl.int64)
+        starts = _within(tl.load(Cu + d, mask=d <= documents, other=0), T)
         found += tl.sum(((d <= documents) & (starts // SEGMENT + d <= w)).to(tl.int32))
-    return found - 1
+    return tl.maximum(found - 1, 0)
 
 
 @triton.jit
@@ -44,8 +50,9 @@ def _span(w, document, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
     """
     if VARLEN:
         row = 0
-        begin = tl.minimum(tl.load(Cu + document), T).to(tl.int32)
-        end = tl.minimum(tl.load(Cu + document + 1, mask=document < documents, other=T), T).to(tl.int32)
+        begin = _within(tl.load(Cu + document), T)
+        end = tl.maximum(_within(tl.load(Cu + document + 1, mask=document < documents, other=T), T), begin)
+        # Below 0 where cu_seqlens does not rise from 0: a span of no document.
         index = w - (begin // SEGMENT + document)
     else:
         spans = tl.maximum(tl.cdiv(T, SEGMENT), 1)
@@ -55,8 +62,8 @@ def _span(w, document, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
         end = T
         index = w % spans
     start = begin + index * SEGMENT
-    tokens = tl.maximum(tl.minimum(end - start, SEGMENT), 0)
-    is_last = (start <= end) & (start + SEGMENT >= end) & ((start < end) | (index == 0))
+    tokens = tl.where(index < 0, 0, tl.maximum(tl.minimum(end - start, SEGMENT), 0))
+    is_last = (index >= 0) & (start <= end) & (start + SEGMENT >= end) & ((start < end) | (index == 0))
     return row, document, start, tokens, index == 0, is_last
 
 
@@ -65,8 +72,18 @@ def _locate(w, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
     """`_span` of span w."""
     document = 0
     if VARLEN:
-        document = _document(w, Cu, SEGMENT, documents)
+        document = _document(w, Cu, T, SEGMENT, documents)
     return _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+
+
+@triton.jit
+def _border(row, token, T, SEGMENT):
+    """Where the state at `token`, the border of two spans of a document, lies among [B * (ceil(T / SEGMENT) - 1), H, D, D].
+
+    Spans of a document are anchored at its start. Borders of different documents lie more than SEGMENT apart, so that no two
+    share a place, however many documents there are.
+    """
+    return row * (tl.cdiv(T, SEGMENT) - 1) + token // SEGMENT - 1
 
 
 @triton.jit
@@ -167,7 +184,7 @@ def _store_rows(Rows, out, t, n, columns, stride_t, C: tl.constexpr, D: tl.const
     tl.store(Rows + rows, out.to(Rows.dtype.element_ty), mask=(i < n)[:, None] & (columns < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "documents"])
 def sweep(
     A,
     B_,
@@ -180,6 +197,7 @@ def sweep(
     Slopes,
     Cu,
     Entry,
+    States,
     Saved,
     Left,
     T,
@@ -205,9 +223,10 @@ def sweep(
 
     A, B_: descriptors with blocks [1, C, 1, DP]; V, Out: [1, C, 1, BV]. OutRows: the tensor behind Out, for chunks that are not
     full.
-    Entry: states, float32 [., H, D, D], that the spans (ENTRY = 2) or documents (1) start from; 0: they start from zero.
+    Entry: float32 [documents, H, D, D], what documents start from (ENTRY = 1 or 3), else zero.
+    States: [., H, D, D], what their other spans start from (ENTRY = 2 or 3), by `_border`; with 0 and 1 there are none.
     TRANSPOSED: the states in memory are the transposes of the sweep's own.
-    Saved: [., H, D, D], the state before every SAVE-th token of a document. SAVE is a multiple of C.
+    Saved: as States for spans of SAVE tokens, written. SAVE is a multiple of C.
     Left: [documents, H, D, D], the state after the last token of a document in the direction of the sweep.
     """
     BLOCKS: tl.constexpr = (D + BV - 1) // BV
@@ -230,6 +249,10 @@ def sweep(
             zeros = tl.zeros([C, BV], tl.float32)
             for t in range(0, tokens, C):
                 _store_rows(out_rows, zeros, start + t, tokens - t, columns, stride_ot, C, D)
+            if is_first:
+                before = _within(tl.load(Cu), T)
+                for t in range(0, before, C):
+                    _store_rows(out_rows, zeros, t, before - t, columns, stride_ot, C, D)
             tokens = 0
             is_first = False
             is_last = False
@@ -240,18 +263,22 @@ def sweep(
         begins = is_last
         ends = is_first
     state = tl.zeros([BV, DP], tl.float32)
-    if ENTRY == 1:
-        state = tl.load(Entry + (document.to(tl.int64) * H + h) * D * D + places, mask=inside & begins, other=0.0)
-    if ENTRY == 2:
-        state = tl.load(
-            Entry + (w.to(tl.int64) * H + h) * D * D + places, mask=inside & ((tokens > 0) | begins), other=0.0
-        )
-
-    if VARLEN:
-        slot = start // SAVE + document
-    else:
-        slot = document * tl.maximum(tl.cdiv(T, SAVE), 1)
-    saved_states = Saved + (slot.to(tl.int64) * H + h) * D * D
+    if ENTRY:
+        entry = Entry + (document.to(tl.int64) * H + h) * D * D
+        entered = begins
+        if ENTRY >= 2:
+            goes_on = (begins == 0) & (tokens > 0)
+            if ENTRY == 2:
+                entered = goes_on
+            else:
+                entered = begins | goes_on
+            if goes_on:
+                border = start
+                if REVERSE:
+                    border = start + SEGMENT
+                entry = States + (_border(row, border, T, SEGMENT).to(tl.int64) * H + h) * D * D
+        state = tl.load(entry + places, mask=inside & entered, other=0.0)
+    saved_states = Saved + (_border(row, start, T, SAVE).to(tl.int64) * H + h) * D * D
 
     s = tl.load(Slopes + h) * LOG2_E
     whole = tl.exp2(-s * C)
@@ -272,7 +299,7 @@ def sweep(
     pairs, read, left = _decays(s, C, C, REVERSE)
     for saved in range(0, tl.maximum(full, 1), SAVE):
         if SAVING:
-            tl.store(saved_states + places, state, mask=inside & (tokens > 0))
+            tl.store(saved_states + places, state, mask=inside & (saved > 0))
             saved_states += H * D * D
         for t0 in tl.range(saved, tl.minimum(saved + SAVE, full), C, num_stages=STAGES):
             t = start + t0
@@ -315,13 +342,14 @@ def _gather(b, v, state, s, j, tokens, REVERSE: tl.constexpr, PRECISION: tl.cons
     return state
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "documents"])
 def local_states(
     B_,
     V,
     Slopes,
     Cu,
     States,
+    Left,
     T,
     H,
     SEGMENT,
@@ -332,17 +360,18 @@ def local_states(
     C: tl.constexpr,
     VARLEN: tl.constexpr,
     REVERSE: tl.constexpr,
-    EVERY: tl.constexpr,
+    LEAVING: tl.constexpr,
     HORIZON: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """States[w, h] float32 [D, D] that span w alone leaves behind (REVERSE: the gradient before it). Grid as in `sweep`.
+    """What a span alone leaves behind, float32 [D, D] (REVERSE: the gradient before it). Grid as in `sweep`.
 
         sum_j e^{-s(n-1-j)} b_j^T v_j   forward           sum_j e^{-s(j+1)} b_j^T v_j   REVERSE
 
-    Spans that no other span of their document follows are left out, and their States unwritten, unless EVERY.
+    It goes to States at the border (`_border`) with the span that follows. LEAVING: where none does, to Left [documents, H, D, D],
+    unless the document is empty; else such spans are left out.
     HORIZON: chunks whose every weight is exactly zero in float32 are not read; they would add exact zeros.
     """
     BLOCKS: tl.constexpr = (D + BV - 1) // BV
@@ -352,12 +381,18 @@ def local_states(
     e = pid % BLOCKS * BV
     row, document, start, tokens, is_first, is_last = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
     needed = (document < documents) & (tokens > 0)
-    if not EVERY:
-        if REVERSE:
-            needed = needed & (is_first == 0)
-        else:
-            needed = needed & (is_last == 0)
+    ends = is_last
+    border = start + SEGMENT
+    if REVERSE:
+        ends = is_first
+        border = start
+    if not LEAVING:
+        needed = needed & (ends == 0)
     if needed:
+        target = States + (_border(row, border, T, SEGMENT).to(tl.int64) * H + h) * D * D
+        if LEAVING:
+            if ends:
+                target = Left + (document.to(tl.int64) * H + h) * D * D
         s = tl.load(Slopes + h) * LOG2_E
         low = 0
         high = tokens
@@ -381,11 +416,11 @@ def local_states(
             state = _gather(b, v, state, s, whole + i, tokens, REVERSE, PRECISION, EXACT)
         channels = tl.arange(0, DP)
         columns = e + tl.arange(0, BV)
-        places = (w.to(tl.int64) * H + h) * D * D + columns[:, None] + channels[None, :] * D
-        tl.store(States + places, state, mask=(columns < D)[:, None] & (channels < D)[None, :])
+        places = columns[:, None] + channels[None, :] * D
+        tl.store(target + places, state, mask=(columns < D)[:, None] & (channels < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def scan_states(
     States,
     Initial,
@@ -403,42 +438,59 @@ def scan_states(
     LEAVING: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Turn what spans leave behind (`local_states`) into what enters them, in place. Grid: documents * H * D * D / BLOCK.
+    """Turn what spans leave behind (`local_states`) into what enters the next, in place. Grid: documents * H * D * D / BLOCK.
 
     Initial: float32 [documents, H, D, D], entering each document (REVERSE: the gradient of its final state).
-    Left: what leaves each document; LEAVING needs the States of every span.
+    LEAVING: Left, of `local_states`, becomes what leaves each document.
     """
     BLOCKS: tl.constexpr = D * D // BLOCK
     pid = tl.program_id(0)
     document = pid // (H * BLOCKS)
     h = pid // BLOCKS % H
-    element = (document.to(tl.int64) * H + h) * D * D + pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inner = pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    element = (document.to(tl.int64) * H + h) * D * D + inner
+    row = document
+    begin = 0
     length = T
-    first = (document * tl.maximum(tl.cdiv(T, SEGMENT), 1)).to(tl.int64)
     if VARLEN:
-        begin = tl.load(Cu + document).to(tl.int32)
-        length = tl.load(Cu + document + 1).to(tl.int32) - begin
-        first = (begin // SEGMENT + document).to(tl.int64)
+        row = 0
+        begin = _within(tl.load(Cu + document), T)
+        length = tl.maximum(_within(tl.load(Cu + document + 1), T) - begin, 0)
     spans = tl.maximum(tl.cdiv(length, SEGMENT), 1)
     s = tl.load(Slopes + h) * LOG2_E
     state = tl.zeros([BLOCK], tl.float32)
     if INITIAL:
         state = tl.load(Initial + element)
-    States += (first - document) * H * D * D
-    for step in tl.range(0, spans, num_stages=STAGES):
+    for step in tl.range(0, spans - 1, num_stages=STAGES):
         index = step
+        border = begin + (index + 1) * SEGMENT
         if REVERSE:
             index = spans - 1 - step
-        place = States + index.to(tl.int64) * H * D * D + element
-        known = step + 1 < spans
-        if LEAVING:
-            known = length > 0
-        left = tl.load(place, mask=(element >= 0) & known, other=0.0)
-        tl.store(place, state)
+            border = begin + index * SEGMENT
+        place = States + (_border(row, border, T, SEGMENT).to(tl.int64) * H + h) * D * D + inner
+        left = tl.load(place)
         tokens = tl.minimum(length - index * SEGMENT, SEGMENT)
         state = state * tl.exp2(-s * tokens.to(tl.float32)) + left
+        tl.store(place, state)
     if LEAVING:
-        tl.store(Left + element, state)
+        tokens = tl.minimum(length, SEGMENT)
+        if not REVERSE:
+            tokens = length - (spans - 1) * SEGMENT
+        left = tl.load(Left + element, mask=(inner >= 0) & (length > 0), other=0.0)
+        tl.store(Left + element, state * tl.exp2(-s * tokens.to(tl.float32)) + left)
+
+
+@triton.jit(do_not_specialize=["T", "documents"])
+def zero_padding(X, stride_t, stride_h, Cu, T, H, documents, W: tl.constexpr, BLOCK: tl.constexpr):
+    """Zero the rows of X [1, T, H, W] that are of no document of a pack. Grid: any; a program takes every so many rows."""
+    begin = _within(tl.load(Cu), T)
+    end = tl.maximum(_within(tl.load(Cu + documents), T), begin)
+    for i in range(tl.program_id(0), begin + T - end, tl.num_programs(0)):
+        t = tl.where(i < begin, i, i - begin + end)
+        for first in range(0, H * W, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            zeros = tl.zeros([BLOCK], X.dtype.element_ty)
+            tl.store(X + t.to(tl.int64) * stride_t + at // W * stride_h + at % W, zeros, mask=at < H * W)
 
 
 def compile_cases(
@@ -471,7 +523,7 @@ def compile_cases(
     for dim in (64, 128, 256):
         cases += [case(sweep, "", dim, **forward), case(sweep, "reverse ", dim, **reverse)]
     cases += [
-        case(local_states, "", 128, REVERSE=False, EVERY=False),
-        case(local_states, "", 256, REVERSE=True, EVERY=True),
+        case(local_states, "", 128, REVERSE=False, LEAVING=False),
+        case(local_states, "", 256, REVERSE=True, LEAVING=True),
     ]
     return [*cases, case(scan_states, "", 128, varlen=True, REVERSE=False, INITIAL=True, LEAVING=False, STAGES=8)]

@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from m1_kernels.triton_lightning import LOG2_E, _dot, _locate
+from m1_kernels.triton_lightning import LOG2_E, _dot, _locate, _within
 from m1_kernels.triton_runtime import interpreting
 
 __all__ = ["compile_cases", "read_states_triton"]
@@ -34,8 +34,8 @@ def read_states_triton(
     spans = batch * triton.cdiv(tokens, SEGMENT) if cu_seqlens is None else tokens // SEGMENT + documents + 1
     tile = _tile(q.dtype, _padded(dim))
     _read_states[(spans * heads * triton.cdiv(dim, tile["BV"]),)](
-        q, states.contiguous(), out_rows, slopes.to(q.device, torch.float32).contiguous(),
-        None if cu_seqlens is None else cu_seqlens.to(q.device).contiguous(),
+        q, states.contiguous(), out_rows, slopes.float().contiguous(),
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
         *q.stride()[:3], *out_rows.stride()[:3], tokens, heads, SEGMENT, documents,
         D=dim, DP=_padded(dim), REVERSE=reverse, TRANSPOSED=transposed, PRECISION=_precision(q.dtype), num_warps=4, **tile,
     )  # fmt: skip
@@ -85,8 +85,8 @@ def _read_states(
         begin = 0
         end = T
         if VARLEN:
-            begin = tl.load(Cu + document).to(tl.int32)
-            end = tl.minimum(tl.load(Cu + document + 1), T).to(tl.int32)
+            begin = _within(tl.load(Cu + document), T)
+            end = _within(tl.load(Cu + document + 1), T)
         s = tl.load(Slopes + h) * LOG2_E
         # 2^-150 rounds to zero in float32, denormals included
         reach = tl.minimum(150.0 / tl.maximum(s, 1e-30) + 2.0, 1e9).to(tl.int32)

@@ -49,7 +49,7 @@ def captured(step: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
 def test_training_step(documents, strategy: str, monkeypatch) -> None:
     monkeypatch.setattr(triton_attention, "SEGMENT", 256)
     inputs = make_inputs(1000, HEADS, D, torch.bfloat16, documents=documents)
-    qkv, initial = inputs.qkv.nan_to_num().requires_grad_(), inputs.initial.clone().requires_grad_()
+    qkv, initial = inputs.qkv.requires_grad_(), inputs.initial.clone().requires_grad_()
 
     def step() -> list[torch.Tensor]:
         o, final = lightning_attention_packed(
@@ -72,7 +72,7 @@ def test_training_step(documents, strategy: str, monkeypatch) -> None:
             qkv.mul_(-0.5)
             initial.add_(0.1)
             if inputs.edges is not None and round_:
-                inputs.edges.copy_(torch.tensor([0, 0, 500, 600, 1000], dtype=torch.int32))
+                inputs.edges.copy_(torch.tensor([0, 0, 500, 600, 880], dtype=torch.int32))
         graph.replay()
         for replayed, eager in zip(kept, step(), strict=True):
             assert torch.equal(replayed, eager) and eager.any()

@@ -1,6 +1,8 @@
 """The Triton kernels of lightning attention: in the interpreter without a GPU, compiled where there is one."""
 
 import functools
+import math
+import types
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -197,14 +199,156 @@ def test_nan_of_neighbours_and_padding_stays_there(strategy: str) -> None:
             assert not x[:, last:].any(), name
 
 
-def test_the_backward_keeps_the_inputs_and_one_state_per_span() -> None:
+@pytest.mark.parametrize("documents", [None, 7])
+def test_the_backward_keeps_the_inputs_and_a_state_where_spans_meet(documents: int | None) -> None:
+    """Not one for every document of a pack."""
     qkv = torch.randn(1, 3 * CHUNK, 1, 48, device=DEVICE, requires_grad=True)
     decay = slopes(1, 0, 8).to(DEVICE)
+    edges = None
+    if documents is not None:
+        edges = torch.tensor([*range(documents), 3 * CHUNK], dtype=torch.int32, device=DEVICE)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        lightning_attention(*qkv.split(16, dim=-1), decay, implementation="triton", strategy="segmented")
+        lightning_attention(
+            *qkv.split(16, dim=-1), decay, cu_seqlens=edges, implementation="triton", strategy="segmented"
+        )
     assert {x.untyped_storage().data_ptr() for x in saved[:3]} == {qkv.untyped_storage().data_ptr()}
-    assert [x.shape for x in saved[3:]] == [(3, 1, 16, 16)]
+    given = [decay.shape] if edges is None else [decay.shape, edges.shape]
+    assert [x.shape for x in saved[3:]] == [(2, 1, 16, 16), *given]
+
+
+class Planned(triton_attention._Call):
+    """A call of M1's widths on a GPU of 132 multiprocessors, none of which need be there."""
+
+    processors = 132
+    capability = 90
+    specialised = True
+
+    @classmethod
+    def plan(cls, tokens: int, heads: int, documents: int | None = None, batch: int = 1) -> triton_attention._Plan:
+        edges = None if documents is None else torch.zeros(documents + 1, dtype=torch.int32)
+        count = batch if documents is None else documents
+        call = cls(batch, tokens, heads, 128, count, slopes(heads, 0, 8), edges, torch.bfloat16, torch.device("cpu"))
+        return triton_attention._Plan.of(call, "auto")
+
+
+class PlannedElsewhere(Planned):
+    specialised = False
+
+
+@pytest.mark.parametrize("planned", [Planned, PlannedElsewhere])
+@pytest.mark.parametrize("documents", [None, 1, 7, 20, 500])
+def test_auto_fills_the_device_whatever_the_documents(planned: type[Planned], documents: int | None) -> None:
+    """A pack's longest document may be nearly all of it: eight heads alone are 16 programs."""
+    tokens = 65_536
+    few, many = planned.plan(tokens, 8, documents), planned.plan(tokens, 64, documents)
+    assert few == planned.plan(tokens, 8) and many == planned.plan(tokens, 64)
+    for span in (few.forward, few.save, few.backward):
+        assert span % CHUNK == 0 and 0.8 * 132 <= tokens // span * 16 <= 4 * 132
+    assert many.forward == triton_attention.WHOLE
+    if planned.specialised:
+        assert many.save == many.backward == triton_attention.WHOLE
+
+
+def test_auto_leaves_documents_whole_where_rows_fill_the_device_or_are_short() -> None:
+    whole = triton_attention.WHOLE
+    assert Planned.plan(65_536, 8, batch=7) == triton_attention._Plan(whole, whole, whole)
+    assert Planned.plan(65_536, 8, batch=6).forward < whole
+    assert Planned.plan(1024, 8) == triton_attention._Plan(whole, whole, whole)
+    assert Planned.plan(1025, 8).forward < whole
+
+
+@pytest.mark.parametrize("documents", [None, (1, 1100, 0, 3)])
+def test_auto_in_spans_matches_the_oracle(documents: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = []
+    local_states = triton_attention._Call.local_states
+    monkeypatch.setattr(
+        triton_attention._Call,
+        "local_states",
+        lambda call, states, *x, **options: (spans.append(len(states)), local_states(call, states, *x, **options)),
+    )
+    case = Case(tokens=1110, heads=1, documents=documents, layer=6)
+    inputs = make_inputs(case)
+    exact = Inputs(*(x.double() for x in (inputs.qkv, inputs.initial, inputs.do, inputs.dfinal)))
+    expected = run(lightning_attention_chunked, replace(case, dtype=torch.float64), exact)
+    for name, actual in run(triton_with("auto"), case, inputs).items():
+        assert head_errors(actual, expected[name], 1 if "state" in name else 2).max() <= FLOAT32_BOUND, name
+    assert DEVICE == "cuda" or (len(spans) == 2 and min(spans) > 1)
+
+
+@pytest.mark.parametrize("strategy", ["fused", "segmented"])
+@pytest.mark.parametrize("edges", [[0, 20_000], [0, 64, 30, 9000], [10, 150], [10, 5, 150], [-7, 70, 130], [300, 400]])
+def test_wrong_edges_lead_out_of_no_tensor(edges: list[int], strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards around every tensor that the kernels write keep their numbers; the kernels cannot refuse such edges on a GPU."""
+    guard, guarded = 4 * CHUNK * 256, []
+
+    def empty(shape, **options) -> torch.Tensor:
+        count = math.prod(shape)
+        guarded.append(torch.full((count + 2 * guard,), 777.0, **options))
+        return guarded[-1][guard : guard + count].view(shape)
+
+    monkeypatch.setattr(triton_attention, "torch", types.SimpleNamespace(**{**vars(torch), "empty": empty}))
+    tokens, documents = 160, len(edges) - 1
+    qkv = torch.randn(1, tokens, 1, 48, device=DEVICE, requires_grad=True)
+    initial = torch.randn(documents, 1, 16, 16, device=DEVICE, requires_grad=True)
+    o, final = triton_attention.lightning_attention_triton(
+        *qkv.split(16, dim=-1), slopes(1, 0, 8).to(DEVICE), initial_state=initial, return_final_state=True,
+        cu_seqlens=torch.tensor(edges, dtype=torch.int32, device=DEVICE), strategy=strategy,
+    )  # fmt: skip
+    torch.autograd.backward([o, final], [torch.ones_like(o), torch.ones_like(final)])
+    assert len(guarded) >= 6
+    for x in guarded:
+        assert (x[:guard] == 777).all() and (x[len(x) - guard :] == 777).all()
+    if edges == sorted(edges):
+        inside = [min(max(edge, 0), tokens) for edge in edges]
+        # What is no document's is zero, in front as behind, and all is written.
+        for x in (o, qkv.grad, final, initial.grad):
+            assert not (x == 777).any()
+        for x in (o, qkv.grad):
+            assert not x[:, : inside[0]].any() and not x[:, inside[-1] :].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("changed", ["slopes", "cu_seqlens"])
+def test_what_changes_before_the_backward_is_noticed(changed: str, packed: bool) -> None:
+    qkv = torch.randn(1, 64, 1, 48, device=DEVICE, requires_grad=True)
+    given = {
+        "slopes": slopes(1, 0, 8).to(DEVICE),
+        "cu_seqlens": torch.tensor([0, 20, 64], dtype=torch.int32, device=DEVICE),
+    }
+    if packed:
+        o = lightning_attention_packed(qkv, **given, implementation="triton")
+    else:
+        o = lightning_attention(*qkv.split(16, dim=-1), **given, implementation="triton")
+    with torch.no_grad():
+        given[changed][0] += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "implementation, edges",
+    [("torch", [0, 30, 70]), ("triton", [0, 30, 70]), ("triton", [0, 0]), ("triton", [0]), ("triton", [7, 30, 70])],
+)
+def test_padding_of_a_packed_projection_is_never_read(implementation: str, edges: list[int]) -> None:
+    device = DEVICE if implementation == "triton" else "cpu"
+    generator = torch.Generator().manual_seed(6)
+    qkv, do = torch.randn(1, 80, 2, 48, generator=generator), torch.randn(1, 80, 2, 16, generator=generator)
+    cu_seqlens, found = torch.tensor(edges, dtype=torch.int32, device=device), []
+    for padding in (1.0, float("nan")):
+        for outside in (slice(0, edges[0]), slice(edges[-1], None)):
+            qkv[:, outside] = do[:, outside] = padding
+        # Heads in front of tokens: padding is no one stretch of memory.
+        leaf = qkv.to(device).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        o = lightning_attention_packed(
+            leaf, slopes(2, 0, 8).to(device), cu_seqlens=cu_seqlens, implementation=implementation
+        )
+        o.backward(do.to(device))
+        found.append([o.detach(), leaf.grad])
+    for clean, poisoned in zip(*found, strict=True):
+        assert torch.equal(clean, poisoned)
+        assert not poisoned[:, : edges[0]].any() and not poisoned[:, edges[-1] :].any()
+        assert poisoned.any() == (edges[-1] > 0)
 
 
 def test_views_of_a_packed_projection_are_read_in_place() -> None:
