@@ -20,6 +20,7 @@ from megatron_m1.engine.batch import MicroBatch
 from megatron_m1.engine.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
 from megatron_m1.engine.schedule import consumed_samples
 from megatron_m1.model.build import build_model, routers, sharded_parameters
+from megatron_m1.parallel.transformer_engine import refuse_if_missing
 
 __all__ = ["StepResult", "TokenLoss", "Trainer"]
 
@@ -57,6 +58,7 @@ class Trainer:
     ) -> None:
         self.config, self.groups = config, groups
         self.device = platform.device()
+        refuse_if_missing(config.parallel)
         plain = build_model(config, groups, initial_weights=initial_weights)
         self.core = plain[0].config
         self.models: list[Any] = plain

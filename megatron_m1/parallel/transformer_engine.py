@@ -13,27 +13,32 @@ from torch import Tensor
 
 from megatron_m1 import platform
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.config.schema import ParallelConfig
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.platform.streams import side_stream
 from megatron_m1.platform.transfer import upload
 
-__all__ = ["TransformerEngineAttention", "constructor_arguments", "layout_arguments"]
+__all__ = ["TransformerEngineAttention", "constructor_arguments", "layout_arguments", "refuse_if_missing"]
+
+
+def refuse_if_missing(parallel: ParallelConfig) -> None:
+    """Raises ConfigError where parallel.context_softmax asks for Transformer Engine and this process cannot use it. Core wraps what its
+    modules raise, so this comes before they are built."""
+    found = platform.probe().transformer_engine
+    if parallel.context > 1 and parallel.context_softmax == "transformer_engine" and not found.present:
+        raise ConfigError(
+            f"parallel.context_softmax=transformer_engine needs Transformer Engine, which is {found.reason}; install "
+            "transformer-engine[pytorch] 2.2 or later, or use auto, ring or all_gather."
+        )
 
 
 class TransformerEngineAttention:
     """Causal softmax attention of one layer by Transformer Engine's ring ("p2p") over `group`.
 
     heads, key_heads: of this tensor-parallel rank. Plain Python: no module whose extra state would enter checkpoints.
-    Raises ConfigError where Transformer Engine cannot be used.
     """
 
     def __init__(self, *, heads: int, key_heads: int, head_dim: int, scale: float, group: dist.ProcessGroup) -> None:
-        found = platform.probe().transformer_engine
-        if not found.present:
-            raise ConfigError(
-                f"parallel.context_softmax=transformer_engine needs Transformer Engine, which is {found.reason}; install "
-                "transformer-engine[pytorch] 2.2 or later, or use auto, ring or all_gather."
-            )
         from transformer_engine.pytorch import DotProductAttention
 
         arguments = constructor_arguments(heads=heads, key_heads=key_heads, head_dim=head_dim, scale=scale)

@@ -4,25 +4,34 @@ import pytest
 import torch
 
 from megatron_m1 import platform
+from megatron_m1.config import Config
 from megatron_m1.config.errors import ConfigError
+from megatron_m1.engine.trainer import Trainer
 from megatron_m1.parallel.sequence_layout import SequenceLayout
 from megatron_m1.parallel.transformer_engine import (
     TransformerEngineAttention,
     constructor_arguments,
     layout_arguments,
+    refuse_if_missing,
 )
 from megatron_m1.platform.packages import Package
 
 CPU = torch.device("cpu")
 
 
-def test_where_it_is_missing_it_is_refused(monkeypatch):
+def test_where_it_is_missing_it_is_refused_before_a_model_is_built(monkeypatch):
     missing = Package(False, "", "not installed")
     monkeypatch.setattr(platform, "probe", lambda: type("Found", (), {"transformer_engine": missing}))
-    with pytest.raises(
-        ConfigError, match="needs Transformer Engine, which is not installed; install transformer-engine"
-    ):
-        TransformerEngineAttention(heads=4, key_heads=2, head_dim=8, scale=0.3, group=None)
+    config = Config()
+    config.parallel.context_softmax = "transformer_engine"
+    refuse_if_missing(config.parallel)  # without context parallelism nothing asks for it
+    config.parallel.context = 2
+    with pytest.raises(ConfigError) as error:
+        Trainer(config, groups=None)
+    assert str(error.value) == (
+        "parallel.context_softmax=transformer_engine needs Transformer Engine, which is not installed; install "
+        "transformer-engine[pytorch] 2.2 or later, or use auto, ring or all_gather."
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
