@@ -149,6 +149,9 @@ class TrainingConfig:
     head_chunk_tokens: int | None = None
     """Tokens of a micro-batch (and context-parallel rank) whose logits exist at the same time; with more, the backward pass computes
     the logits of each chunk again. None: what fits in 2 GiB of fp32 logits per rank."""
+    lightning_strategy: Literal["auto", "fused", "segmented"] = "auto"
+    """Of the Triton kernels of lightning attention, see `m1_kernels.lightning_attention`. `auto` follows the shapes; under a named one
+    the bits of a document do not depend on what it is packed with. Where the kernels do not run, on a CPU, a named one is an error."""
     deterministic: bool = False
     """True: only algorithms that repeat bit by bit, at a cost in speed; an operation of a GPU that has none is an error.
     On CPU a run repeats bit by bit either way."""

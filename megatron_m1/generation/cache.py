@@ -208,7 +208,7 @@ class HybridCache:
         assert self._step is not None
         return self._step.predicting(hidden)
 
-    def lightning(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    def lightning(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, strategy: str) -> Tensor:
         """See AttentionCache."""
         now = self._pass
         assert now is not None
@@ -218,7 +218,7 @@ class HybridCache:
         state = self._states[layer_number][now.first : now.first + sequences]
         out, final = lightning_attention(
             q, k, v, slopes, initial_state=None if now.fresh else state, cu_seqlens=now.cu_seqlens,
-            return_final_state=True,
+            return_final_state=True, strategy=strategy,
         )  # fmt: skip
         state.copy_(final)
         return out

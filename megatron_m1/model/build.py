@@ -3,12 +3,14 @@
 import itertools
 
 import torch
+from m1_kernels.triton_runtime import interpreting
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_m1 import platform
+from megatron_m1.config.errors import ConfigError
 from megatron_m1.config.schema import Config
 from megatron_m1.model.init import initialize
 from megatron_m1.model.lightning import LightningAttention
@@ -29,6 +31,11 @@ def build_model(
     """
     core = core_config(config)
     device = device or platform.device()
+    strategy = config.training.lightning_strategy
+    if strategy != "auto" and device.type == "cpu" and not interpreting():
+        raise ConfigError(
+            f"training.lightning_strategy={strategy} is one of the Triton kernels, which do not run on this CPU; use auto."
+        )
     chunks = config.parallel.virtual_pipeline
     rank, size = groups.pp.rank(), groups.pp.size()
     models = []

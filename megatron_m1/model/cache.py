@@ -14,8 +14,8 @@ class AttentionCache(Protocol):
     `softmax` are already rotated.
     """
 
-    def lightning(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        """o of a lightning layer; slopes [heads] fp32."""
+    def lightning(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, strategy: str) -> Tensor:
+        """o of a lightning layer; slopes [heads] fp32; strategy: see `m1_kernels.lightning_attention`."""
 
     def softmax(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """o of a softmax layer; k, v [1, n, KV groups, D]."""

@@ -72,7 +72,10 @@ class LightningAttention(MegatronModule):
             every = slopes(m1.num_attention_heads, layer_number - 1, m1.num_hidden_layers)
         # A plain attribute: buffers would follow the model to bf16, where the slowest decays round to 1.
         self.slopes = every[first : first + self.local_heads].clone()
-        self.context = LightningContext(pg_collection.cp, self.slopes.tolist(), method=config.context_lightning)
+        self.strategy = config.lightning_strategy
+        self.context = LightningContext(
+            pg_collection.cp, self.slopes.tolist(), method=config.context_lightning, strategy=self.strategy
+        )
         self.qkv_proj = column_linear(config, m1.hidden_size, 3 * channels, group)
         self.output_gate = column_linear(config, m1.hidden_size, channels, group)
         self.norm = GatedRMSNorm(config, channels, m1.lightning_norm_eps, group)
@@ -110,10 +113,12 @@ class LightningAttention(MegatronModule):
             finish = self._start_over_ranks(qkv, layout)
         elif cache is not None:
             q, k, v = torch.nn.functional.silu(qkv).split(self.head_dim, dim=-1)
-            finish = partial(cache.lightning, self.layer_number, q, k, v, self.slopes)
+            finish = partial(cache.lightning, self.layer_number, q, k, v, self.slopes, strategy=self.strategy)
         else:
             cu_seqlens = None if packed is None else packed.cu_seqlens_q
-            finish = partial(lightning_attention_packed, qkv, self.slopes, cu_seqlens=cu_seqlens)
+            finish = partial(
+                lightning_attention_packed, qkv, self.slopes, cu_seqlens=cu_seqlens, strategy=self.strategy
+            )
         return lambda: finish().transpose(0, 1).reshape(seq, batch, -1)
 
     def _start_over_ranks(self, qkv: Tensor, layout: SequenceLayout) -> Callable[[], Tensor]:

@@ -18,6 +18,7 @@ class M1TransformerConfig(TransformerConfig):
     context_lightning: str
     context_softmax: str
     head_chunk_tokens: int
+    lightning_strategy: str
 
 
 def core_config(config: Config) -> M1TransformerConfig:
@@ -81,4 +82,5 @@ def core_config(config: Config) -> M1TransformerConfig:
     core.m1 = model
     core.context_lightning, core.context_softmax = parallel.context_lightning, parallel.context_softmax
     core.head_chunk_tokens = head_chunk_tokens(config)
+    core.lightning_strategy = training.lightning_strategy
     return core

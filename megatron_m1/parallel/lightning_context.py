@@ -33,11 +33,13 @@ class LightningContext:
 
     host_slopes: the layer's slopes (of this tensor-parallel rank's heads), which say how far each head's state travels.
     method: `auto`, `ring`, `all_gather`; see `exchange_method`.  limit: see `StateExchange`.
+    strategy: of the work inside the chunks, see `lightning_attention`.
     """
 
     group: dist.ProcessGroup
     host_slopes: Sequence[float]
     method: str = "auto"
+    strategy: str = "auto"
     limit: bool = True
     traffic: Traffic = field(default_factory=Traffic)
 
@@ -49,7 +51,7 @@ class LightningContext:
         """
         chains = state_chains(layout, q.device)
         if chains.empty:
-            return lambda: _local(q, k, v, slopes, layout, None).reshape(q.shape)
+            return lambda: self._local(q, k, v, slopes, layout, None).reshape(q.shape)
         pieces = layout.local_pieces
         leaving, entering = (_spans(layout, chosen, q.device) for chosen in (chains.leaving, chains.entering))
         k, v, states = _FinalStates.apply(k, v, slopes, leaving, len(chains.leaving))
@@ -66,24 +68,27 @@ class LightningContext:
         )
         token = exchange.start(states)
         if method == "ring" or len(pieces) > SPARE_STATES + len(chains.entering):
-            out = _local(q, k, v, slopes, layout, None)
+            out = self._local(q, k, v, slopes, layout, None)
             return lambda: _AddEntered.apply(out, q, exchange.finish(token), slopes, entering).reshape(q.shape)
 
         def finish() -> Tensor:
             entry = exchange.finish(token)
             places = layout.memo(("entering", q.device), lambda: upload(chains.entering, q.device))
             initial = entry.new_zeros(len(pieces), *entry.shape[1:]).index_copy(0, places, entry)
-            return _local(q, k, v, slopes, layout, initial).reshape(q.shape)
+            return self._local(q, k, v, slopes, layout, initial).reshape(q.shape)
 
         return finish
 
-
-def _local(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, layout: SequenceLayout, initial: Tensor | None) -> Tensor:
-    """Lightning attention of each local piece by itself, from its row of `initial` [P, H, D, D] or zero; dense: [P, tokens, H, D]."""
-    if layout.packed:
-        return lightning_attention(q, k, v, slopes, initial_state=initial, cu_seqlens=layout.cu_seqlens(q.device))
-    q, k, v = (x.reshape(2 * len(x), x.shape[1] // 2, *x.shape[2:]) for x in (q, k, v))
-    return lightning_attention(q, k, v, slopes, initial_state=initial)
+    def _local(
+        self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, layout: SequenceLayout, initial: Tensor | None
+    ) -> Tensor:
+        """Attention of each local piece by itself, from its row of `initial` [P, H, D, D] or zero; dense: [P, tokens, H, D]."""
+        cu_seqlens = layout.cu_seqlens(q.device) if layout.packed else None
+        if not layout.packed:
+            q, k, v = (x.reshape(2 * len(x), x.shape[1] // 2, *x.shape[2:]) for x in (q, k, v))
+        return lightning_attention(
+            q, k, v, slopes, initial_state=initial, cu_seqlens=cu_seqlens, strategy=self.strategy
+        )
 
 
 @dataclass(frozen=True)

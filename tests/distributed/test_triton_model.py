@@ -27,38 +27,41 @@ LAYER = {"gated_rms_norm", "swiglu"}
 OVER_RANKS = LAYER | {"lightning_attention", "lightning_attention_read", "lightning_attention_state"}
 
 
-def train(rank: int, world: int, parallel: dict, auto: str) -> tuple[set[str], RankResult]:
-    """(operators whose Triton implementation ran, one training step) where `auto` may take the implementation of that name alone."""
+def train(rank: int, world: int, parallel: dict, auto: str, strategy: str) -> tuple[set[str], set[str], RankResult]:
+    """(operators whose Triton implementation ran, with which strategies, one training step) where `auto` may take the implementation
+    of that name alone."""
     calls: Counter[str] = Counter()
+    strategies: set[str] = set()
 
     def counted(operator: str, chosen: Implementation) -> Implementation:
         def run(*args, **options):
             calls[operator] += 1
+            strategies.update({options["strategy"]} if "strategy" in options else ())
             return chosen.run(*args, **options)
 
         return replace(chosen, run=run, auto_on=("cpu",))
 
-    config = equality_config(parallel, {"global_batch": 2})
+    config = equality_config(parallel, {"global_batch": 2, "lightning_strategy": strategy})
     config.model.head_dim = 16  # the least of the Triton kernels
     with contextlib.ExitStack() as stack:
         for operator, table in TABLES.items():
             others = {name: replace(other, auto_on=()) for name, other in table.items()}
             stack.enter_context(patch.dict(table, others | {auto: counted(operator, table[auto])}))
         result = run_layout(rank, world, config, steps=1)
-    return set(calls) if auto == "triton" else set(), result
+    return set(calls) if auto == "triton" else set(), strategies, result
 
 
 @pytest.mark.parametrize(
-    "world, parallel, operators",
+    "world, parallel, strategy, operators",
     [
-        (2, {"tensor": 2}, LAYER | {"lightning_attention_packed"}),
-        (2, {"context": 2, "context_lightning": "ring"}, OVER_RANKS),
+        (2, {"tensor": 2}, "auto", LAYER | {"lightning_attention_packed"}),
+        (2, {"context": 2, "context_lightning": "ring"}, "segmented", OVER_RANKS),
     ],
     ids=["tensor parallel", "context parallel"],
 )
-def test_a_step_on_the_triton_kernels(world, parallel, operators, ranks):
-    [(_, reference)] = ranks(1, train, {}, "torch")
-    found = ranks(world, train, parallel, "triton", timeout_s=240)
-    assert all(ran == operators for ran, _ in found), [ran for ran, _ in found]
-    d = compare(reference, [result for _, result in found])
+def test_a_step_on_the_triton_kernels(world, parallel, strategy, operators, ranks):
+    [(_, _, reference)] = ranks(1, train, {}, "torch", "auto")
+    found = ranks(world, train, parallel, "triton", strategy, timeout_s=240)
+    assert all(ran == operators and used == {strategy} for ran, used, _ in found), found
+    d = compare(reference, [result for *_, result in found])
     assert max(d.loss, d.grad_norm, d.aux_loss, d.gradient, d.weight) <= BOUND, d
