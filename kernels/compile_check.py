@@ -2,7 +2,9 @@
 
 Prints registers, bytes of stack, shared memory and, of the innermost loops that hold matrix products, the matrix
 instructions and the spilled accesses. Exits with 1 if such a loop spills, if a kernel without such a loop spills at all,
-or if on sm_90 the compiler waits for every matrix instruction (it then says so nowhere, and the kernel runs at half speed).
+if a kernel needs more shared memory than a block can have, or if on sm_90 the compiler waits for every matrix instruction
+(it then says so nowhere, and the kernel runs at half speed). `--all` takes every variant of lightning attention's kernels
+that can be launched, some hundreds, in place of the largest.
 """
 
 import argparse
@@ -16,12 +18,16 @@ from typing import Any
 
 from m1_kernels.triton_runtime import interpreting
 
-__all__ = ["Loop", "hot_loops", "main"]
+__all__ = ["Loop", "faults", "hot_loops", "main"]
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);")
 BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(LDL|STL)\b")
+SPILLING = ("sweep[256 fp32]",)
+"""Kernels that spill in all tilings: see `triton_attention.tiling`."""
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Shared memory that a block can have, by target."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +62,55 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], help="compute capability times ten")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--all", action="store_true", help="every variant of lightning attention's kernels")
+    parser.add_argument("--list", action="store_true", help="print the names, compile nothing")
     options = parser.parse_args(arguments)
     if interpreting():
         print("TRITON_INTERPRET=1 is set; the interpreter compiles nothing", file=sys.stderr)
         return 2
+    failures = []
+    taken = 0
+    print(f"{'kernel':64} {'sm':>4} {'registers':>9} {'stack':>6} {'shared':>7}  hot loops (products, spills)")
+    for target in options.targets:
+        for name, kernel, signature, constants, launch in _cases(target, every=options.all):
+            if options.only not in name:
+                continue
+            taken += 1
+            if options.list:
+                print(f"{name:64} {target:>4}")
+                continue
+            registers, stack, shared, sass = _compile(kernel, signature, constants, launch, target)
+            loops = hot_loops(sass)
+            described = ", ".join(f"({loop.products}, {loop.spills})" for loop in loops) or "none"
+            print(f"{name:64} {target:>4} {registers:>9} {stack:>6} {shared:>7}  {described}", flush=True)
+            failures += [f"{name} for sm_{target} {fault}" for fault in faults(name, target, shared, loops, sass)]
+    if not taken:
+        print(f"--only {options.only}: no kernel's name contains this; leave it out to see all", file=sys.stderr)
+        return 2
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def faults(name: str, target: int, shared: int, loops: list[Loop], sass: str) -> list[str]:
+    """What is wrong with a taken kernel, as said behind its name."""
+    found = []
+    spilled = sum(loop.spills for loop in loops) if loops else len(SPILL.findall(sass))
+    if spilled and not name.startswith(SPILLING):
+        found.append(f"spills: {spilled} accesses; use smaller tiles or more warps")
+    most = SHARED_BYTES.get(target)
+    if most is not None and shared > most:
+        found.append(f"needs {shared} bytes of shared memory, of which a block has {most}; use smaller tiles")
+    if target == 90 and any(loop.waits >= loop.products > 1 for loop in loops):
+        found.append("waits for each matrix product; keep branches around products off its loops")
+    return found
+
+
+def _cases(target: int, *, every: bool) -> list[tuple]:
+    """(name, kernel, signature, constexprs, options) of what is compiled for `target`."""
     from m1_kernels import (
-        gluon_lightning,
+        compile_launches,
         triton_decode,
-        triton_lightning,
         triton_norm,
         triton_paged,
         triton_routing,
@@ -71,29 +118,10 @@ def main(arguments: list[str] | None = None) -> int:
         triton_swiglu,
     )
 
-    failures = []
-    print(f"{'kernel':48} {'sm':>4} {'registers':>9} {'stack':>6} {'shared':>7}  hot loops (products, spills)")
-    for target in options.targets:
-        cases = triton_lightning.compile_cases(target) + gluon_lightning.compile_cases(target)
-        for module in (triton_norm, triton_swiglu, triton_decode, triton_paged, triton_routing, triton_states):
-            cases += module.compile_cases()
-        for name, kernel, signature, constants, launch in cases:
-            if options.only not in name:
-                continue
-            registers, stack, shared, sass = _compile(kernel, signature, constants, launch, target)
-            loops = hot_loops(sass)
-            described = ", ".join(f"({loop.products}, {loop.spills})" for loop in loops) or "none"
-            print(f"{name:48} {target:>4} {registers:>9} {stack:>6} {shared:>7}  {described}", flush=True)
-            spilled = sum(loop.spills for loop in loops) if loops else len(SPILL.findall(sass))
-            if spilled:
-                failures.append(f"{name} for sm_{target} spills: {spilled} accesses; use smaller tiles or more warps")
-            if target == 90 and any(loop.waits >= loop.products > 1 for loop in loops):
-                failures.append(
-                    f"{name} for sm_90 waits for each matrix product; keep branches around products off its loops"
-                )
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures else 0
+    cases: list[tuple] = [*compile_launches.cases(target, every=every)]
+    for module in (triton_norm, triton_swiglu, triton_decode, triton_paged, triton_routing, triton_states):
+        cases += module.compile_cases()
+    return cases
 
 
 def _compile(kernel: Any, signature: dict[str, str], constants: dict, launch: dict, target: int):

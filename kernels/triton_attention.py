@@ -113,19 +113,24 @@ class Tiling:
 def tiling(kernel: str, dtype: torch.dtype, padded_dim: int, capability: int) -> Tiling:
     """Of kernel "sweep", "specialised" or "local" on compute capability `capability` (times ten). Not tuned at run time: bits would change.
 
-    The widest tiles whose loops spill no register (`compile_check`); on sm_90 at head_dim 128 the fastest of those measured.
+    Tiles whose loops spill no register (`compile_check` compiles them), half precision at head_dim 64 and 128 the fastest of those
+    measured on sm_90. Not so float32 at head_dim 256, where an operand in two parts alone fills the registers: the least spills.
     """
     if kernel == "specialised":
         return Tiling(CHUNK, 64, 4, 4)
     if dtype == torch.float32:
-        return Tiling(32, min(padded_dim, 32), 4, 1)
+        if kernel == "sweep" and padded_dim > 64:
+            return Tiling(16, 16, 4, 1)
+        return Tiling(32, min(padded_dim, 32), 8 if padded_dim == 256 else 4, 1)
     if capability < 90:
         return Tiling(32 if padded_dim == 256 and kernel == "sweep" else CHUNK, min(padded_dim, 32), 8, 2)
     if padded_dim == 256:
         narrow = kernel == "sweep" and capability < 100
         return Tiling(32, 32, 8, 2) if narrow else Tiling(CHUNK, 64, 8, 2)
-    wide = kernel == "sweep" and capability >= 100 and padded_dim == 128
-    return Tiling(CHUNK, min(padded_dim, 64), 8 if wide else 4, 3)
+    if kernel == "sweep" and padded_dim == 128:
+        # On sm_90 of head_dim 80 to 112: 128 is "specialised", which has the same 64 values.
+        return Tiling(CHUNK, 64, 8, 3) if capability >= 100 else Tiling(32, 64, 4, 3)
+    return Tiling(CHUNK, min(padded_dim, 64), 4, 3)
 
 
 @dataclass(frozen=True)

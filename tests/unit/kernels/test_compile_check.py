@@ -1,6 +1,14 @@
 """What compile_check reads off a disassembly; the check itself is a step of tests/run.sh."""
 
-from m1_kernels.compile_check import Loop, hot_loops
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from m1_kernels import compile_check
+from m1_kernels.compile_check import Loop, faults, hot_loops, main
 
 SASS = """
         /*0010*/                   STL [R1], R2 ;
@@ -18,3 +26,54 @@ SASS = """
 
 def test_innermost_loops_with_products_are_counted():
     assert hot_loops(SASS) == [Loop(products=2, spills=1, waits=1)]
+
+
+def test_a_spill_in_a_hot_loop_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean = "\n".join(line for line in SASS.splitlines() if "0020" in line or "0050" in line or "0060" in line)
+    compiled = {"tight": (255, 8, 1024, SASS), "roomy": (200, 0, 1024, clean)}
+    kernels = [(name, name, {}, {}, {}) for name in compiled]
+    monkeypatch.setattr(compile_check, "interpreting", lambda: False)
+    monkeypatch.setattr(compile_check, "_cases", lambda target, every: kernels)
+    monkeypatch.setattr(compile_check, "_compile", lambda kernel, *rest: compiled[kernel])
+    assert main(["--targets", "80", "90"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        f"tight for sm_{target} spills: 1 accesses; use smaller tiles or more warps" for target in (80, 90)
+    ]
+    assert len(shown.out.splitlines()) == 5
+    assert main(["--targets", "90", "--only", "roomy"]) == 0
+    assert main(["--only", "nothing"]) == 2
+
+
+def test_faults() -> None:
+    assert not faults("k", 90, 227 << 10, [Loop(2, 0, 1)], "LDL R1, [R2] ;")  # outside its loops
+    assert [fault.split()[0] for fault in faults("k", 90, 0, [], "LDL R1, [R2] ;")] == ["spills:"]
+    assert [fault.split()[0] for fault in faults("k", 80, 164 << 10, [], "")] == ["needs"]
+    assert [fault.split()[0] for fault in faults("k", 90, 0, [Loop(2, 0, 2)], "")] == ["waits"]
+    assert not faults("sweep[256 fp32] reverse", 90, 0, [Loop(2, 9, 0)], "")
+
+
+def test_the_check_compiles_what_the_operators_launch() -> None:
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "m1_kernels.compile_check", "--list", "--targets", "80", "90"]
+    listed = subprocess.run(command, env=compiling, capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    lightning = [re.fullmatch(r"(.*)\[(\d+) (\w+)\](.*)", line[:64].rstrip()) for line in listed]
+    found = {(line[64:].strip(), *match.groups()) for line, match in zip(listed, lightning) if match}
+    for target, kernel in itertools.product(("80", "90"), ("sweep", "local_states")):
+        for dim, kind in itertools.product(("64", "96", "128", "256"), ("bf16", "fp32")):
+            special = "specialised " if (target, kernel, dim, kind) == ("90", "sweep", "128", "bf16") else ""
+            notes = {notes for *key, notes in found if key == [target, special + kernel, dim, kind]}
+            assert {"reverse" in note.split() for note in notes} == {False, True}, (target, kernel, dim, kind)
+    forward = {
+        (target, kernel, dim, kind) for target, kernel, dim, kind, notes in found if " saving leaving entry 1" in notes
+    }
+    assert ("80", "sweep", "96", "fp16") in forward and ("90", "specialised sweep", "128", "fp16") in forward
+    assert ("90", "sweep", "128", "bf16") not in forward
+    assert {kernel for _, kernel, *_ in found} >= {
+        "scan_states",
+        "gated_norm_forward",
+        "swiglu_backward",
+        "read_states",
+    }
