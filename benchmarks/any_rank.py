@@ -1,11 +1,15 @@
 """Any rank of a large job on one GPU: its part of the model, its optimizer shard, genuine training steps, no other rank.
 
     python -m benchmarks.any_rank --config examples/configs/m1_456b.yaml --config examples/configs/m1_456b_32k_512gpu.yaml \
-        [--world-size 512] [--rank R] [--micro-batches 4] [--rounds 3] [--time-limit-s 120] [--output FILE.json] [--key value]
+        [--world-size 512] [--rank R | --tensor-rank T] [--micro-batches 4] [--rounds 3] [--time-limit-s 120] [--output FILE.json]
+        [--key value]
+    python -m benchmarks.any_rank --predict-again FILE.json     # no GPU: estimates of today's model, what was measured stays
 
 Without --rank: one rank of each distinct pipeline stage (with the embedding, with neither, with the head; by number of softmax
-layers), in the middle of its context-parallel group, one process after the other. torch's fake process group stands for the others:
-all communication returns at once, its results are finite data of the right shape (fake_ranks.py), tokens go to all experts alike.
+layers), in the middle of its context-parallel group, one process after the other; --tensor-rank says with which heads, since those
+of the first ranks fade soonest and so bring the fewest states from other context-parallel ranks. torch's fake process group stands
+for the others: all communication returns at once, its results are finite data of the right shape (fake_ranks.py), tokens go to all
+experts alike.
 What is measured: seconds of forward and backward of a micro-batch and of the optimizer's update, and memory, of this rank alone.
 What is modelled: communication, from counted bytes and the speeds of the links in megatron_m1/engine/cluster.py. The sum of both is
 no step of a job: pipeline bubbles, waiting for slower ranks and contention are in neither, nor is it known what would be hidden.
@@ -26,40 +30,64 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from megatron_m1 import platform
-from megatron_m1.config import Config, ConfigError, derived, load_config
+from megatron_m1.config import Config, ConfigError, derived, from_yaml, load_config
 from megatron_m1.config.validate import validate_layout
 
 platform.setup()
 
-from benchmarks.fake_ranks import Received, balance_routing, fake_rank, fill_weights  # noqa: E402
+from benchmarks.fake_ranks import Received, balance_routing, fake_rank, fill_weights, modelled_again  # noqa: E402
 from megatron_m1.engine.cluster import DEVICES, Cluster  # noqa: E402
 from megatron_m1.engine.memory import estimate_memory, stage_layers  # noqa: E402
+from megatron_m1.engine.rates import Rates  # noqa: E402
 from megatron_m1.engine.step_time import COMPUTE, stage_seconds  # noqa: E402
 from megatron_m1.engine.trainer import Trainer  # noqa: E402
 
-__all__ = ["device_kind", "distinct_ranks", "environment", "measure_rank", "now", "why"]
+__all__ = [
+    "device_kind",
+    "distinct_ranks",
+    "environment",
+    "measure_rank",
+    "now",
+    "predict_again",
+    "stored_config",
+    "stored_device",
+    "why",
+    "work_seconds",
+    "write",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = {
     "measured": "one rank alone on one device, neighbours' data supplied, balanced routing, communication returns at once",
-    "predicted": "memory by engine/memory.py, seconds by engine/step_time.py with this device's rates",
-    "modelled": "communication from counted bytes and link speeds, nothing hidden, no contention; not measured",
+    "predicted": "memory by engine/memory.py, seconds by engine/step_time.py with this device's rates, communication left out",
+    "modelled": "communication from counted bytes and link speeds, nothing hidden, no contention; not measured; lightning states are "
+    "those of the heads of tensor_rank, the fewest on rank 0, whose heads fade soonest",
+    "kept_attention": "whether recomputation had the results of softmax attention and did not repeat it",
 }
 GIB = 2**30
 
 
 def main(argv: list[str] | None = None) -> int:
     options, rest = parser().parse_known_args(argv)
-    config = bench_config(load_config(rest), options.world_size, options.micro_batches)
+    try:
+        if options.predict_again:
+            predict_again(options.predict_again)
+            return 0
+        config = bench_config(load_config(rest), options.world_size, options.micro_batches)
+        ranks = distinct_ranks(config, options.world_size, tensor_rank=options.tensor_rank)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
     if options.rank is not None:
         rows = [measured_or_why(config, options)]
     else:
-        rows = [in_process(rank, options, rest) for rank in distinct_ranks(config, options.world_size)]
-    results = environment("any_rank", argv) | {"labels": LABELS, "config": asdict(config), "ranks": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+        rows = [in_process(rank, options, rest) for rank in ranks]
+    results = environment("any_rank", argv) | {"labels": LABELS, "kept_attention": True}
+    results |= {"config": asdict(config), "ranks": rows}
+    write(options.output, results)
     print(f"written: {options.output}")
     return 1 if any("error" in row for row in rows) else 0
 
@@ -70,6 +98,10 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--world-size", type=int, default=512)
     parser.add_argument("--rank", type=int, help="global rank; default: one of each distinct pipeline stage")
+    parser.add_argument("--tensor-rank", type=int, default=0, help="of the ranks that are chosen without --rank")
+    parser.add_argument(
+        "--predict-again", type=Path, help="results whose estimates are to be made again, and nothing else"
+    )
     parser.add_argument("--micro-batches", type=int, default=4, help="of one step")
     parser.add_argument("--rounds", type=int, default=3, help="measured steps at most, after one that does not count")
     parser.add_argument("--time-limit-s", type=float, default=150.0, help="of each rank")
@@ -92,14 +124,18 @@ def bench_config(config: Config, world_size: int, micro_batches: int) -> Config:
     return config
 
 
-def distinct_ranks(config: Config, world_size: int) -> list[int]:
-    """A global rank of each pipeline stage that differs from those before it."""
+def distinct_ranks(config: Config, world_size: int, *, tensor_rank: int = 0) -> list[int]:
+    """A global rank of each pipeline stage that differs from those before it. Raises ConfigError for a tensor_rank that is none."""
     parallel, types = config.parallel, config.model.layer_types()
+    if not 0 <= tensor_rank < parallel.tensor:
+        raise ConfigError(
+            f"--tensor-rank={tensor_rank} must lie in 0..{parallel.tensor - 1}, the ranks of parallel.tensor={parallel.tensor}."
+        )
     found: dict[tuple[bool, bool, int], int] = {}
     for stage in range(parallel.pipeline):
         softmax = sum(types[layer] for layer in stage_layers(config, stage))
         first_of_stage = stage * (world_size // parallel.pipeline)
-        rank = first_of_stage + parallel.context // 2 * parallel.tensor
+        rank = first_of_stage + parallel.context // 2 * parallel.tensor + tensor_rank
         found.setdefault((stage == 0, stage == parallel.pipeline - 1, softmax), rank)
     return list(found.values())
 
@@ -177,8 +213,6 @@ def measure_rank(
                 break
         micro_batches = len(batches)
         is_last = stage == config.parallel.pipeline - 1
-        estimate = estimate_memory(config, world_size)[stage]
-        rates = stage_seconds(config, replace(DEVICES[device_kind()], gpus=world_size))[stage]
         measured: dict[str, Any] = {
             "micro_batch_s": statistics.median(forward_backward) / micro_batches,
             "forward_backward_s": forward_backward,
@@ -198,10 +232,7 @@ def measure_rank(
             "layers": stage_layers(config, stage),
             "micro_batches": micro_batches,
             "measured": measured,
-            "predicted": {
-                "memory_bytes": asdict(estimate) | {"total": estimate.total},
-                "micro_batch_s": {name: rates[name] for name in COMPUTE},
-            },
+            "predicted": prediction(config, stage, replace(DEVICES[device_kind()], gpus=world_size)),
             "modelled": {
                 "links": asdict(cluster),
                 "forward_backward": [asdict(r) | {"seconds": r.seconds(cluster)} for r in exchanged],
@@ -210,6 +241,69 @@ def measure_rank(
         }
         print(summary(row, exchanged, cluster), flush=True)
         return row
+
+
+def prediction(config: Config, stage: int, device: Cluster, *, kept_attention: bool = True) -> dict[str, Any]:
+    """Memory of a rank of a pipeline stage, and seconds of a micro-batch by term. kept_attention: see `stage_seconds`."""
+    estimate = estimate_memory(config, device.gpus)[stage]
+    return {
+        "memory_bytes": asdict(estimate) | {"total": estimate.total},
+        "micro_batch_s": work_seconds(config, stage, device, kept_attention=kept_attention),
+    }
+
+
+def work_seconds(config: Config, stage: int, device: Cluster, *, kept_attention: bool) -> dict[str, float]:
+    """Work of a micro-batch on a rank by term, and `launch`, what is left of the host's time; communication returns at once."""
+    terms = stage_seconds(config, device, kept_attention=kept_attention)[stage]
+    work = {name: terms[name] for name in COMPUTE}
+    host = device.rates.layer_host_s * len(stage_layers(config, stage))
+    return work | {"launch": max(0.0, host - sum(work.values()) + work["head"])}
+
+
+def predict_again(file: Path) -> None:
+    """Rewrite `predicted`, `labels`, and links and seconds of `modelled` in a result, from its own configuration."""
+    try:
+        results = json.loads(file.read_text())
+        config, device = stored_config(results), stored_device(results)
+        measured = [row for row in results["ranks"] if "measured" in row]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--predict-again={file} cannot be read: {error!r}; name a result of this benchmark."
+        ) from None
+    results["labels"] = LABELS
+    for row in measured:
+        modelled = row["modelled"]
+        links = Cluster(**modelled["links"] | {"rates": Rates()})
+        kept = results.setdefault("kept_attention", False)
+        row["predicted"] = prediction(config, row["stage"], replace(device, gpus=links.gpus), kept_attention=kept)
+        modelled["links"] = asdict(links)
+        for part in ("forward_backward", "update"):
+            modelled[part] = modelled_again(modelled[part], config.parallel, links.gpus, links)
+    write(file, results)
+
+
+def stored_config(results: dict[str, Any]) -> Config:
+    """The configuration that a result of this benchmark was measured with."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as text:
+        text.write(yaml.safe_dump(results["config"]))
+        text.flush()
+        return from_yaml(text.name)
+
+
+def stored_device(results: dict[str, Any]) -> Cluster:
+    """The device that a result was measured on."""
+    name = results["hardware"]["device"]
+    kind = next((kind for kind in DEVICES if kind in name), None)
+    if kind is None:
+        raise KeyError(f"hardware.device={name!r} is none of {', '.join(DEVICES)}")
+    return DEVICES[kind]
+
+
+def write(file: Path, results: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.tmp")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(file)
 
 
 def held_bytes(trainer: Trainer) -> dict[str, int]:

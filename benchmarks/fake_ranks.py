@@ -12,7 +12,7 @@ The fake group leaves some results unwritten, which ones depends on torch's vers
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +27,7 @@ from megatron_m1.engine.cluster import Cluster
 from megatron_m1.model.build import routers
 from megatron_m1.parallel import destroy_groups, init_groups
 
-__all__ = ["Arrivals", "Received", "balance_routing", "fake_rank", "fill_weights"]
+__all__ = ["Arrivals", "Received", "balance_routing", "fake_rank", "fill_weights", "modelled_again"]
 
 RECEIVED_STD = 0.02
 BALANCED_LOGIT = 100.0
@@ -40,9 +40,10 @@ class Received:
     """What one kind of operation brought this rank."""
 
     group: str
-    """As core names it; for messages that in which the sender is."""
+    """As core names it."""
     operation: str
     peers: int
+    """Of the group, also where a message is from one of them: its ring is as fast as its slowest link."""
     stride: int
     calls: int
     received_bytes: int
@@ -52,6 +53,31 @@ class Received:
         """Modelled from the links' speeds, nothing hidden."""
         model = cluster.exchange_s if self.operation == "all_to_all" else cluster.collective_s
         return model(self.received_bytes, peers=self.peers, stride=self.stride)
+
+
+def modelled_again(
+    rows: list[dict[str, Any]], parallel: ParallelConfig, world_size: int, cluster: Cluster
+) -> list[dict[str, Any]]:
+    """Rows of stored results, `Received` and its `seconds`, with the seconds of today's model; what was counted stays.
+
+    Messages that were stored by the pair of ranks they went between become one row of their group.
+    """
+    rings = {"cp": (parallel.context, parallel.tensor), "pp": (parallel.pipeline, world_size // parallel.pipeline)}
+    merged: dict[tuple[str, str, int, int], Received] = {}
+    for row in rows:
+        received = Received(**{name: value for name, value in row.items() if name != "seconds"})
+        if received.operation == "receive":
+            peers, stride = rings[received.group]
+            received = replace(received, peers=peers, stride=stride)
+        key = (received.group, received.operation, received.peers, received.stride)
+        if key in merged:
+            calls = merged[key].calls + received.calls
+            received = replace(
+                received, calls=calls, received_bytes=merged[key].received_bytes + received.received_bytes
+            )
+        merged[key] = received
+    rows_again = sorted(merged.values(), key=lambda received: -received.received_bytes)
+    return [asdict(received) | {"seconds": received.seconds(cluster)} for received in rows_again]
 
 
 class Arrivals:
@@ -78,6 +104,11 @@ class Arrivals:
         self._bytes.clear()
         self._calls.clear()
         return sorted(rows, key=lambda row: -row.received_bytes)
+
+    def ring(self, group: tuple[int, ...], pair: tuple[int, int]) -> tuple[int, ...]:
+        """The named group whose ring a message between two ranks belongs to: of pipelines of two stages core sends half of the
+        messages in the group of all ranks (pipeline_parallel/p2p_communication.py)."""
+        return group if group in self.names else next((known for known in self.names if {*pair} <= {*known}), group)
 
     def _name(self, ranks: tuple[int, ...]) -> str:
         return self.names.get(ranks) or next((n for known, n in self.names.items() if {*ranks} <= {*known}), "world")
@@ -204,8 +235,8 @@ def _supplied(arrivals: Arrivals) -> Iterator[None]:
         return done(group)
 
     def receive(group: Any, tensors: list[Tensor], peer: int, tag: int) -> Any:
-        pair = sorted((dist.get_rank(), dist.get_global_rank(group, peer)))
-        arrivals.add(tuple(pair), "receive", sum(t.nbytes for t in tensors))
+        ring = arrivals.ring(ranks(group), (dist.get_rank(), dist.get_global_rank(group, peer)))
+        arrivals.add(ring, "receive", sum(t.nbytes for t in tensors))
         with torch.no_grad():
             for tensor in tensors:
                 tensor.normal_(std=RECEIVED_STD)

@@ -3,6 +3,7 @@
     python -m benchmarks.long_context [--parts slice tensor_share context_share] [--time-limit-s 200] [--point-limit-s 25]
         [--resume] [--output FILE.json] [--model.key value]
     python -m benchmarks.long_context_plot FILE.json     # memory and time against tokens, as PNG
+    python -m benchmarks.long_context --predict-again --output FILE.json     # no GPU: estimates again, what was measured stays
 
 A lightning and a softmax layer, each with its experts (32, one on each expert-parallel rank), are built as the middle stage of a job
 of fake ranks (fake_ranks.py), with and without selective recomputation of attention core and experts:
@@ -38,8 +39,15 @@ from megatron_m1.config.schema import ModelConfig, ParallelConfig, TrainingConfi
 
 platform.setup()
 
-from benchmarks.any_rank import device_kind, environment, now, why  # noqa: E402
-from benchmarks.fake_ranks import RECEIVED_STD, Arrivals, balance_routing, fake_rank, fill_weights  # noqa: E402
+from benchmarks.any_rank import device_kind, environment, now, stored_device, why, write  # noqa: E402
+from benchmarks.fake_ranks import (  # noqa: E402
+    RECEIVED_STD,
+    Arrivals,
+    balance_routing,
+    fake_rank,
+    fill_weights,
+    modelled_again,
+)
 from megatron_m1.engine.batch import MicroBatch  # noqa: E402
 from megatron_m1.engine.cluster import DEVICES, Cluster  # noqa: E402
 from megatron_m1.engine.step_time import COMPUTE, stage_seconds  # noqa: E402
@@ -56,6 +64,7 @@ LONG_S = 4.0
 LABELS = {
     "measured": "forward_s, backward_s, kept_bytes, peak_bytes: one rank alone, neighbours' data supplied, balanced routing",
     "modelled": "communication: counted bytes over link speeds, nothing hidden; estimated_s: engine/step_time.py",
+    "kept_attention": "whether recomputation had the results of softmax attention and did not repeat it",
 }
 
 
@@ -80,6 +89,9 @@ class Point:
 def main(argv: list[str] | None = None) -> int:
     started = time.perf_counter()
     options, rest = parser().parse_known_args(argv)
+    if options.predict_again:
+        predict_again(options.output, experts=options.experts, cluster=DEVICES[options.device])
+        return 0
     model, cluster = load_config(rest).model, DEVICES[options.device]
     results = environment("long_context", argv) | {"labels": LABELS, "model": asdict(model), "points": []}
     if options.resume and options.output.exists():
@@ -94,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         row = {"skipped": why} if why else measured_or_why(point, model, cluster, options.experts)
         done[point] = {"point": asdict(point), "commit": results["commit"]} | row
         results["points"].append(done[point])
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        write(options.output, results)
         print(line(done[point]), flush=True)
     print(f"written: {options.output}")
     return 1 if any(unexpected(row) for row in results["points"]) else 0
@@ -137,6 +148,9 @@ def parser() -> argparse.ArgumentParser:
         "--time-limit-s", type=float, default=200.0, help="of all; no point starts that is expected to pass it"
     )
     parser.add_argument("--point-limit-s", type=float, default=25.0)
+    parser.add_argument(
+        "--predict-again", action="store_true", help="measure nothing, make the output's estimates again"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the points that the output has")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/long_context.json")
     return parser
@@ -193,8 +207,7 @@ def measured_or_why(point: Point, model: ModelConfig, cluster: Cluster, experts:
 
 def measure_point(point: Point, model: ModelConfig, *, cluster: Cluster, experts: int) -> dict[str, Any]:
     """Seconds, bytes and modelled communication of one layer on one rank, and whether its results are finite."""
-    config = layer_config(point, model, experts)
-    world_size = STAGES * math.lcm(point.tensor * point.context, experts)
+    config, world_size = layer_config(point, model, experts), world_of(point, experts)
     rank = world_size // STAGES + point.context // 2 * point.tensor
     with fake_rank(rank, world_size, config.parallel) as (groups, received):
         models = build_model(config, groups, initial_weights=False)
@@ -215,8 +228,8 @@ def measure_point(point: Point, model: ModelConfig, *, cluster: Cluster, experts
 
         weight_bytes = sum(p.nbytes for p in layer.parameters())
         links = replace(cluster, gpus=world_size)
-        rates = stage_seconds(config, replace(DEVICES[device_kind()], gpus=world_size))[1]
-        repeat = sum(rates[name] for name in COMPUTE) <= LONG_S
+        estimated = estimate(config, replace(DEVICES[device_kind()], gpus=world_size))
+        repeat = sum(estimated.values()) <= LONG_S
         figures = timed(forward, gradient, received, gradient_bytes=x.nbytes + weight_bytes, repeat=repeat)
         gradients = [x.grad, *(p.grad for p in layer.parameters())]
         exchanged = figures.pop("received")
@@ -225,9 +238,40 @@ def measure_point(point: Point, model: ModelConfig, *, cluster: Cluster, experts
             **figures,
             "finite": all(g is not None and bool(g.isfinite().all()) for g in gradients),
             "weight_bytes": weight_bytes,
-            "estimated_s": {name: rates[name] for name in COMPUTE},
+            "kept_attention": True,
+            "estimated_s": estimated,
             "communication": [asdict(r) | {"seconds": r.seconds(links)} for r in exchanged],
         }
+
+
+def estimate(config: Config, device: Cluster, *, kept_attention: bool = True) -> dict[str, float]:
+    """Seconds of the layer by term, without communication and the host's time. kept_attention: see `stage_seconds`."""
+    terms = stage_seconds(config, device, kept_attention=kept_attention)[1]
+    return {name: terms[name] for name in COMPUTE}
+
+
+def predict_again(file: Path, *, experts: int, cluster: Cluster) -> None:
+    """Rewrite `estimated_s` and the seconds of `communication` of the points in a result.
+
+    experts, cluster: as they were when it was measured.
+    """
+    results = json.loads(file.read_text())
+    results["labels"] = LABELS
+    model, device = ModelConfig(**results["model"]), stored_device(results)
+    for row in results["points"]:
+        if "estimated_s" not in row:
+            continue
+        point = Point(**row["point"])
+        config, gpus = layer_config(point, model, experts), world_of(point, experts)
+        kept = row.setdefault("kept_attention", False)
+        row["estimated_s"] = estimate(config, replace(device, gpus=gpus), kept_attention=kept)
+        row["communication"] = modelled_again(row["communication"], config.parallel, gpus, replace(cluster, gpus=gpus))
+    write(file, results)
+
+
+def world_of(point: Point, experts: int) -> int:
+    """Ranks of the job that a point is of."""
+    return STAGES * math.lcm(point.tensor * point.context, experts)
 
 
 def layer_config(point: Point, model: ModelConfig, experts: int) -> Config:

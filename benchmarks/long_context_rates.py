@@ -6,30 +6,30 @@
 
 Fitted: a factor on all terms of a lightning layer and one on those of a softmax layer without its kernel, and that kernel's rates
 forward and backward, by least squares of relative errors over the single layers that take the device at least twice as long as the
-quickest, which the host limits. From softmax layers of context-parallel ranks: what the ring costs over one kernel. Then, from whole
-ranks: the host's time for a layer from the stages without head, where it exceeds their work, and the rate of the fp32 head from last
-stages that do not wait for the host. All other rates stay as they are.
+quickest, which the host limits. What the ring costs over one kernel: the median over softmax layers of context-parallel ranks whose
+calls did not compile, and over whole ranks without head that do not wait for the host. Then, from whole ranks: the host's time for a
+layer from the stages without head, where it exceeds their work, and the rate of the fp32 head from what a last stage takes longer than
+another one with as many layers of both kinds, where neither waits for the host. All other rates stay as they are.
 """
 
 import argparse
 import json
 import statistics
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from benchmarks.long_context import STAGES, Point, is_warm, layer_config
-from megatron_m1.config import Config, from_yaml
+from benchmarks.any_rank import stored_config, work_seconds
+from benchmarks.long_context import Point, estimate, is_warm, layer_config, world_of
+from megatron_m1.config import Config
 from megatron_m1.config.schema import ModelConfig
 from megatron_m1.engine.cluster import DEVICES, Cluster
 from megatron_m1.engine.rates import Rates
-from megatron_m1.engine.step_time import COMPUTE, stage_seconds
 
 __all__ = ["fit_context", "fit_layers", "fit_ranks", "rank_errors"]
 
@@ -49,18 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     ranks = [result for result in results if "ranks" in result]
     model = ModelConfig(**layers["model"])
     rates = fit_layers(layers["points"], model, DEVICES[device])
-    rates = fit_context(layers["points"], model, replace(DEVICES[device], rates=rates))
+    rates = fit_context(layers["points"], ranks, model, replace(DEVICES[device], rates=rates))
     rates = fit_ranks(ranks, rates, DEVICES[device])
     fitted = replace(DEVICES[device], rates=rates)
     errors = list(layer_errors(layers["points"], model, fitted))
     text = (
-        f"fitted to {len(errors)} single layers alone on an {layers['hardware']['device']} "
-        f"(median error {statistics.median(errors):.0%}, largest {max(errors):.0%})"
+        f"fitted on an {layers['hardware']['device']}: {len(errors)} single layers alone to {max(errors):.0%} "
+        f"(median {statistics.median(errors):.0%})"
     )
     whole = list(rank_errors(ranks, fitted))
     if whole:
-        text += f"; estimates of {len(whole)} whole ranks without communication are off by {min(whole):+.0%} to {max(whole):+.0%}"
-    text += "; communication, bubbles and overlap were not measured"
+        text += f", {len(whole)} whole ranks without communication to {min(whole):+.0%} and {max(whole):+.0%}"
+    text += "; communication, bubbles, overlap and anything at scale are not measured"
     found = asdict(replace(rates, calibration=text))
     print(json.dumps(found, indent=1))
     if options.output:
@@ -73,12 +73,12 @@ def fit_layers(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) 
     lightning = []
     equations: list[tuple[list[float], float]] = []
     for point, row in _measured(rows):
-        terms = _terms(point, model, device)
+        terms = _terms(row, model, device)
         if point.kind == "lightning":
             lightning.append((row["forward_s"] + row["backward_s"]) / sum(terms.values()))
             continue
         # x = (factor of the rest, seconds per default second of the kernel forward, the same backward)
-        plain = _terms(replace(point, recompute="none"), model, device)
+        plain = _terms(row | {"point": asdict(replace(point, recompute="none"))}, model, device)
         rest, kernel = sum(plain.values()) - plain["softmax"], plain["softmax"]
         rates = device.rates
         forward = kernel / (1 + 2.5 * rates.softmax_tflops / rates.softmax_backward_tflops)
@@ -99,85 +99,96 @@ def fit_layers(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) 
     )
 
 
-def fit_context(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) -> Rates:
-    """The device's rates with softmax_context, from softmax layers of context-parallel ranks, which take seconds and are not repeated."""
+def fit_context(rows: list[dict[str, Any]], ranks: list[dict[str, Any]], model: ModelConfig, device: Cluster) -> Rates:
+    """The device's rates with softmax_context. rows: of layers, which take seconds and are not repeated; ranks: results of any_rank."""
     factors = []
     for row in rows:
         point = Point(**row["point"])
         if point.context > 1 and point.kind == "softmax" and is_warm(row):
-            terms = _terms(point, model, device)
-            rest = sum(terms.values()) - terms["softmax"]
-            factors.append((row["forward_s"] + row["backward_s"] - rest) / terms["softmax"])
+            factors.append(_of_attention(row["forward_s"] + row["backward_s"], _terms(row, model, device)))
+    for rank in _ranks(ranks, device):
+        if rank.config.parallel.context > 1 and not rank.is_last and not rank.terms["launch"] and rank.terms["softmax"]:
+            factors.append(_of_attention(rank.seconds, rank.terms))
     ring = device.rates.softmax_context * (statistics.median(factors) if factors else 1.0)
     return replace(device.rates, softmax_context=ring)
 
 
 def fit_ranks(results: list[dict[str, Any]], rates: Rates, device: Cluster) -> Rates:
     """`rates` with the host's time for a layer and the rate of the fp32 head from benchmarks.any_rank, as far as it has them."""
-    for last in (False, True):
-        found = []
-        for config, row, is_last in _ranks(results):
-            if is_last != last:
-                continue
-            terms = _rank_terms(config, row, replace(device, rates=rates))
-            seconds = row["measured"]["micro_batch_s"]
-            if last:
-                # Behind layers that wait for the host, what the head adds is lost in the host's own spread.
-                if terms["launch"] == 0:
-                    found.append(rates.fp32_tflops * terms["head"] / (seconds - sum(terms.values()) + terms["head"]))
-            elif seconds > HOST_BOUND * (sum(terms.values()) - terms["launch"]):
-                found.append(seconds / len(row["layers"]))
-        found = [value for value in found if value > 0]
-        if found:
-            rates = replace(rates, **{"fp32_tflops" if last else "layer_host_s": statistics.median(found)})
-    return rates
+    ranks = list(_ranks(results, replace(device, rates=rates)))
+    waiting = [r.seconds / r.layers.total() for r in ranks if not r.is_last and r.seconds > HOST_BOUND * r.work]
+    heads = [
+        rates.fp32_tflops * last.terms["head"] / (last.seconds - other.seconds)
+        for last in ranks
+        for other in ranks
+        # Behind layers that wait for the host, what the head adds is lost in the host's own spread.
+        if last.is_last and not other.is_last and other.config == last.config and other.layers == last.layers
+        if not other.terms["launch"] and last.seconds > other.seconds
+    ]
+    fitted = {"layer_host_s": waiting, "fp32_tflops": heads}
+    return replace(rates, **{name: statistics.median(found) for name, found in fitted.items() if found})
 
 
 def layer_errors(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) -> Iterator[float]:
-    """Relative error, without sign, of every layer."""
-    for point, row in _measured(rows):
-        yield abs(sum(_terms(point, model, device).values()) / (row["forward_s"] + row["backward_s"]) - 1)
+    """Relative error, without sign, of every layer whose call did not compile, those that were not fitted to included."""
+    for _, row in _measured(rows, rounds=1):
+        yield abs(sum(_terms(row, model, device).values()) / (row["forward_s"] + row["backward_s"]) - 1)
 
 
 def rank_errors(results: list[dict[str, Any]], device: Cluster) -> Iterator[float]:
     """Estimate over measurement, less 1, of every rank's micro-batch without communication."""
-    for config, row, _ in _ranks(results):
-        yield sum(_rank_terms(config, row, device).values()) / row["measured"]["micro_batch_s"] - 1
+    for rank in _ranks(results, device):
+        yield sum(rank.terms.values()) / rank.seconds - 1
 
 
-def _measured(rows: list[dict[str, Any]]) -> Iterator[tuple[Point, dict[str, Any]]]:
-    """The points that were repeated and that the device limits, not the host."""
-    repeated = [row for row in rows if row.get("rounds", 0) > 1]
-    quickest = min(row["forward_s"] + row["backward_s"] for row in repeated)
-    return ((Point(**r["point"]), r) for r in repeated if r["forward_s"] + r["backward_s"] >= 2 * quickest)
+def _measured(rows: list[dict[str, Any]], *, rounds: int = 2) -> Iterator[tuple[Point, dict[str, Any]]]:
+    """The points of calls that did not compile, of at least so many, that the device limits and not the host."""
+    warm = [row for row in rows if is_warm(row)]
+    quickest = min(row["forward_s"] + row["backward_s"] for row in warm)
+    limited = (row for row in warm if row["forward_s"] + row["backward_s"] >= 2 * quickest)
+    return ((Point(**row["point"]), row) for row in limited if row["rounds"] >= rounds)
 
 
-def _terms(point: Point, model: ModelConfig, device: Cluster) -> dict[str, float]:
-    config = layer_config(point, model, EXPERTS)
-    terms = stage_seconds(config, replace(device, gpus=STAGES * point.tensor * point.context * EXPERTS))[1]
-    return {name: terms[name] for name in COMPUTE}
+def _terms(row: dict[str, Any], model: ModelConfig, device: Cluster) -> dict[str, float]:
+    """Estimated work of a layer, as it was when `row` was measured."""
+    point = Point(**row["point"])
+    config, gpus = layer_config(point, model, EXPERTS), world_of(point, EXPERTS)
+    return estimate(config, replace(device, gpus=gpus), kept_attention=row.get("kept_attention", False))
 
 
-def _rank_terms(config: Config, row: dict[str, Any], device: Cluster) -> dict[str, float]:
-    """Work of a rank's micro-batch, and what is left of the host's time."""
-    parallel = config.parallel
-    # A number of GPUs that the layout divides: the work of a rank does not depend on it.
-    gpus = parallel.tensor * parallel.pipeline * parallel.context * parallel.expert
-    terms = stage_seconds(config, replace(device, gpus=gpus))[row["stage"]]
-    work = {name: terms[name] for name in COMPUTE}
-    host = device.rates.layer_host_s * len(row["layers"])
-    return work | {"launch": max(0.0, host - sum(work.values()) + work["head"])}
+def _of_attention(seconds: float, terms: dict[str, float]) -> float:
+    """Measured over estimated attention, the other terms as estimated."""
+    return (seconds - sum(terms.values()) + terms["softmax"]) / terms["softmax"]
 
 
-def _ranks(results: list[dict[str, Any]]) -> Iterator[tuple[Config, dict[str, Any], bool]]:
+@dataclass(frozen=True)
+class _Rank:
+    """A whole rank's micro-batch: as measured, and its estimated work and what is left of the host's time."""
+
+    config: Config
+    layers: Counter[int]
+    """By kind."""
+    is_last: bool
+    seconds: float
+    terms: dict[str, float]
+
+    @property
+    def work(self) -> float:
+        return sum(self.terms.values()) - self.terms["launch"]
+
+
+def _ranks(results: list[dict[str, Any]], device: Cluster) -> Iterator[_Rank]:
     for result in results:
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            yaml.safe_dump(result["config"], file)
-            file.flush()
-            config = from_yaml(file.name)
+        config, kept = stored_config(result), result.get("kept_attention", False)
+        parallel, types = config.parallel, config.model.layer_types()
+        # A number of GPUs that the layout divides: the work of a rank does not depend on it.
+        gpus = parallel.tensor * parallel.pipeline * parallel.context * parallel.expert
         for row in result["ranks"]:
-            if "measured" in row:
-                yield config, row, row["stage"] == config.parallel.pipeline - 1
+            if "measured" not in row:
+                continue
+            terms = work_seconds(config, row["stage"], replace(device, gpus=gpus), kept_attention=kept)
+            layers, is_last = Counter(types[layer] for layer in row["layers"]), row["stage"] == parallel.pipeline - 1
+            yield _Rank(config, layers, is_last, row["measured"]["micro_batch_s"], terms)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ __all__ = ["ACTIVATION_MARGIN", "RESERVE_GIB", "MemoryEstimate", "estimate_memor
 RESERVE_GIB = 6.0
 """Of each GPU for the CUDA context, NCCL's own buffers and the allocator's fragmentation (3 to 6 GiB)."""
 ACTIVATION_MARGIN = 1.2
-"""For experts that get more than their share of tokens. With balanced ones the estimate of a whole rank's peak was right to 2%."""
+"""For experts that get more than their share of tokens. With balanced ones the estimate of a whole rank's peak was right to 3%."""
 _FP32 = 4
 _RING_STATES = 6
 """Times the states of a rank: in the order of their slopes, sent, received and added, and twice the result."""

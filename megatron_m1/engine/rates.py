@@ -1,6 +1,7 @@
 """The rates at which one Hopper GPU is taken to work, and where each comes from."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -25,10 +26,12 @@ class Rates:
     """Causal flash attention, forward, fitted; by itself 554 with 65,536 tokens and 64 heads of 128."""
     softmax_backward_tflops: float = 513.0
     """Fitted."""
-    softmax_context: float = 1.70
-    """Seconds of attention block by block over context-parallel ranks over those of one kernel, fitted to rings of 16 and 32 at 1M."""
-    fp32_tflops: float = 47.4
-    """The head without TF32, fitted; the data sheet has 67."""
+    softmax_context: float = 1.67
+    """Seconds of attention block by block over context-parallel ranks over those of one kernel, fitted at 1M to a layer on a ring of 16
+    (alone 1.61) and a whole rank on one of 32 (alone 1.73), of version a871f37. Its blocks were flash attention's; those of cuDNN, which
+    long dense blocks have taken since, are not measured."""
+    fp32_tflops: float = 52.3
+    """The head without TF32, fitted to what the last stage takes longer than the one before it; the data sheet has 67."""
     copy_share: float = 4.3 / 4.8
     """Of the data sheet's memory bandwidth that a copy reaches, measured."""
     nvlink_share: float = 0.8
@@ -44,7 +47,7 @@ class Rates:
     included. 0: the device is never kept waiting. Fitted to a rank of 40 layers; it depends on the machine (30 ms where other processes
     ran), and CUDA graphs would lower it."""
     calibration: str = (
-        "rates fitted on one H200: 17 single layers alone to 5% (median 2%), 4 whole ranks without communication to -1% and +7%; "
+        "rates fitted on one H200: 20 single layers alone to 5% (median 3%), 4 whole ranks without communication to -3% and +5%; "
         "communication, bubbles, overlap and anything at scale are not measured"
     )
     """What sums of these terms were compared with, and the error."""
@@ -53,9 +56,13 @@ class Rates:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "calibration":
+                if not isinstance(value, str):
+                    raise ConfigError(f"calibration={value!r} of the rates must be text: what they were compared with.")
                 continue
-            if not isinstance(value, int | float) or value < 0 or (value == 0 and field.name != "layer_host_s"):
-                raise ConfigError(f"{field.name}={value} of the rates must be a number above 0.")
+            least = "of at least 0" if field.name == "layer_host_s" else "above 0"
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or value < 0 or (value == 0 and field.name != "layer_host_s"):
+                raise ConfigError(f"{field.name}={value!r} of the rates must be a finite number {least}.")
 
 
 def read_rates(path: str | Path) -> Rates:

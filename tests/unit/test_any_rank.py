@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from benchmarks import any_rank, long_context
 from benchmarks.any_rank import bench_config, distinct_ranks, measure_rank
 from benchmarks.context_formulas import Shape, lightning_bytes
 from benchmarks.fake_ranks import RECEIVED_STD, balance_routing, fake_rank, fill_weights
-from benchmarks.long_context import Point, layer_config, left_out, measure_point
+from benchmarks.long_context import Point, estimate, layer_config, left_out, measure_point
 from benchmarks.long_context_plot import blocks
-from benchmarks.long_context_rates import fit_layers, fit_ranks, rank_errors
+from benchmarks.long_context_rates import fit_context, fit_layers, fit_ranks, rank_errors
 from megatron_m1.config import ConfigError, load_config
 from megatron_m1.config.schema import ModelConfig, ParallelConfig
 from megatron_m1.engine.cluster import DEVICES
@@ -23,6 +24,7 @@ from megatron_m1.engine.step_time import COMPUTE, stage_seconds
 from megatron_m1.engine.trainer import Trainer
 from megatron_m1.model.build import build_model, routers
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WORLD = 16
 MILLION = ("m1_456b", "m1_456b_1m_512gpu")
 TINY = (
@@ -87,7 +89,10 @@ def test_a_rank_holds_what_is_predicted_and_trains(rank, options):
     received = {(r["group"], r["operation"]): r for r in row["modelled"]["forward_backward"]}
     messages = received["pp", "receive"]
     assert messages["received_bytes"] == 2 * (2 * config.parallel.virtual_pipeline - 1) * share
+    assert (messages["peers"], messages["stride"]) == (2, 8)
     assert messages["seconds"] == pytest.approx(messages["received_bytes"] / (50e9 * 0.8))
+    assert row["predicted"] == any_rank.prediction(config, row["stage"], replace(DEVICES["H200"], gpus=WORLD))
+    assert row["predicted"]["micro_batch_s"]["launch"] > 0  # layers that small wait for the host
 
 
 @pytest.mark.parametrize(
@@ -151,6 +156,98 @@ def test_operations_leave_finite_data_and_are_counted():
     }
 
 
+def test_a_ring_is_as_fast_as_its_slowest_link():
+    """A message from a neighbour in the same node, in rings within the node and beyond it."""
+    cluster = replace(DEVICES["H800"], gpus=32, gpus_per_node=8)
+    for context, gb_per_s in ((8, 200.0), (32, 50.0)):
+        with fake_rank(1, 32, ParallelConfig(context=context)) as (groups, received):
+            dist.irecv(torch.empty(1000), group_src=0, group=groups.cp).wait()
+            (message,) = received.take()
+        assert (message.group, message.peers, message.stride) == ("cp", context, 1)
+        assert message.seconds(cluster) == pytest.approx(4000 / (gb_per_s * 1e9 * 0.8))
+
+
+def test_estimates_again_leave_what_was_measured(tmp_path):
+    ranks = (RESULTS / "any_rank_1m_512gpu.json").read_text()
+    before = json.loads(ranks)
+    before["kept_attention"] = False
+    stage = before["ranks"][0]
+    ring = next(r for r in stage["modelled"]["forward_backward"] if (r["group"], r["operation"]) == ("cp", "receive"))
+    halves = [
+        ring | {"peers": 2, "stride": 8, "received_bytes": ring["received_bytes"] // 2, "calls": 5} for _ in range(2)
+    ]
+    others = [r for r in stage["modelled"]["forward_backward"] if r is not ring]
+    stage["modelled"]["forward_backward"] = [*others, *halves]
+    stage["predicted"], stage["modelled"]["links"]["rates"]["fp32_tflops"] = {}, 1.0
+    (tmp_path / "ranks.json").write_text(json.dumps(before))
+    assert any_rank.main(["--predict-again", str(tmp_path / "ranks.json")]) == 0
+    after = json.loads((tmp_path / "ranks.json").read_text())
+    assert after["labels"] == any_rank.LABELS and after["config"] == before["config"]
+    for old, new in zip(before["ranks"], after["ranks"], strict=True):
+        assert {k: v for k, v in new.items() if k not in ("predicted", "modelled")} == {
+            k: v for k, v in old.items() if k not in ("predicted", "modelled")
+        }
+        assert new["modelled"]["links"]["rates"]["fp32_tflops"] == Rates().fp32_tflops
+    again = next(
+        r
+        for r in after["ranks"][0]["modelled"]["forward_backward"]
+        if (r["group"], r["operation"]) == ("cp", "receive")
+    )
+    assert again == ring | {"calls": 10, "received_bytes": again["received_bytes"]}
+    assert again["received_bytes"] == 2 * (ring["received_bytes"] // 2)
+
+
+def test_stored_estimates_are_those_of_todays_model(tmp_path):
+    """Estimates and modelled seconds in benchmarks/results; `--predict-again` brings them up to date."""
+    for name in ("any_rank_32k_512gpu", "any_rank_1m_512gpu", "long_context"):
+        stored, copy = RESULTS / f"{name}.json", tmp_path / f"{name}.json"
+        copy.write_text(stored.read_text())
+        if name == "long_context":
+            long_context.main(["--predict-again", "--output", str(copy)])
+        else:
+            any_rank.predict_again(copy)
+        assert json.loads(copy.read_text()) == near(json.loads(stored.read_text())), name
+
+
+def near(stored):
+    if isinstance(stored, dict):
+        return {key: near(value) for key, value in stored.items()}
+    if isinstance(stored, list):
+        return [near(value) for value in stored]
+    return pytest.approx(stored) if isinstance(stored, float) else stored
+
+
+def test_rings_of_stored_results_cross_nodes():
+    rows = [
+        (point["point"]["context"], message)
+        for point in json.loads((RESULTS / "long_context.json").read_text())["points"]
+        for message in point.get("communication", [])
+        if message["operation"] == "receive"
+    ]
+    assert rows
+    for context, message in rows:
+        assert message["peers"] == context and message["stride"] == 1
+        links = 50e9 if context > 8 else 200e9
+        assert message["seconds"] == pytest.approx(message["received_bytes"] / (0.8 * links))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"config": {}, "hardware": {"device": "abacus"}}'])
+def test_results_that_cannot_be_read_are_named(content, tmp_path, capsys):
+    file = tmp_path / "ranks.json"
+    if content is not None:
+        file.write_text(content)
+    assert any_rank.main(["--predict-again", str(file)]) == 2
+    assert f"--predict-again={file} cannot be read" in capsys.readouterr().err
+    assert content is None or file.read_text() == content
+
+
+def test_ranks_of_another_tensor_rank(capsys):
+    config = load_config([option for f in MILLION for option in ("--config", f"examples/configs/{f}.yaml")])
+    assert distinct_ranks(config, 512, tensor_rank=7) == [128 + 7, 256 + 128 + 7]
+    assert any_rank.main([*TINY, "--world-size", str(WORLD), "--tensor-rank", "2"]) == 2
+    assert "--tensor-rank=2 must lie in 0..1" in capsys.readouterr().err
+
+
 def test_layer_under_context_parallelism():
     cluster = DEVICES["H800"]
     point = Point("context_share", "lightning", "none", 1, 4, 512)
@@ -195,8 +292,9 @@ def test_eight_layers_from_two():
 
 def test_rates_are_found_again_from_layers_and_ranks_that_have_them():
     true = Rates(
-        lightning_layer=2.0, softmax_layer=1.5, softmax_tflops=300.0, softmax_backward_tflops=200.0, fp32_tflops=20.0
-    )
+        lightning_layer=2.0, softmax_layer=1.5, softmax_tflops=300.0, softmax_backward_tflops=200.0, fp32_tflops=20.0,
+        softmax_context=1.3,
+    )  # fmt: skip
     device, model = replace(DEVICES["H200"], rates=true), ModelConfig()
     rows = []
     for kind in ("lightning", "softmax"):
@@ -211,19 +309,33 @@ def test_rates_are_found_again_from_layers_and_ranks_that_have_them():
                 forward += plain["softmax"] / (1 + 2.5 * 300 / 200)
                 total = sum(again[name] for name in COMPUTE)
                 rows.append({"point": vars(point), "forward_s": forward, "backward_s": total - forward, "rounds": 3})
+    # A layer on a ring, whose attention recomputation repeated, and one that compiled and must not count.
+    point = Point("context_share", "softmax", "selective", 1, 16, 1 << 20)
+    ring = sum(estimate(layer_config(point, model, 32), replace(device, gpus=3 * 32), kept_attention=False).values())
+    ring_rows = [
+        {"point": vars(point), "forward_s": ring / 4, "backward_s": 3 * ring / 4, "rounds": 1},
+        {"point": vars(point), "forward_s": ring, "backward_s": ring, "rounds": 1, "first_call": True},
+    ]
     found = fit_layers(rows, model, DEVICES["H200"])
     # Ranks that wait 50 ms for the host of every layer, and some that do not.
     million = load_config([o for f in MILLION for o in ("--config", f"examples/configs/{f}.yaml")])
     ranks = []
     for whole, gpus in ((tiny(), WORLD), (million, 512)):
-        ranks.append({"config": asdict(whole), "ranks": []})
-        for stage, terms in enumerate(stage_seconds(whole, replace(device, gpus=gpus))):
+        ranks.append({"config": asdict(whole), "ranks": [], "kept_attention": whole is million})
+        for stage, terms in enumerate(
+            stage_seconds(whole, replace(device, gpus=gpus), kept_attention=ranks[-1]["kept_attention"])
+        ):
             layers = stage_layers(whole, stage)
             work, head = sum(terms[name] for name in COMPUTE if name != "head"), terms["head"]
             seconds = max(work, len(layers) * 0.05) + head
             ranks[-1]["ranks"].append({"stage": stage, "layers": layers, "measured": {"micro_batch_s": seconds}})
-    found = fit_ranks(ranks, found, DEVICES["H200"])
-    for name in ("lightning_layer", "softmax_layer", "softmax_tflops", "softmax_backward_tflops", "fp32_tflops"):
+    for given in ((ring_rows, []), ([], ranks), (ring_rows, ranks)):
+        context = fit_context(*given, model, replace(DEVICES["H200"], rates=found))
+        assert context.softmax_context == pytest.approx(1.3, rel=1e-3)
+    found = fit_ranks(ranks, context, DEVICES["H200"])
+    names = [name for name, value in vars(true).items() if value != getattr(Rates(), name)]
+    assert len(names) == 6
+    for name in names:
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-4), name
     assert found.layer_host_s == pytest.approx(0.05)
     assert all(abs(error) < 1e-6 for error in rank_errors(ranks, replace(DEVICES["H200"], rates=found)))

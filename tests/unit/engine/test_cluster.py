@@ -47,7 +47,13 @@ def test_rates_from_a_file(tmp_path):
     assert (rates.dense_tflops, rates.grouped_tflops, rates.calibration) == (350, Rates().grouped_tflops, "by hand")
     for text, message in (
         ('{"dense": 1}', "holds dense; it may hold dense_tflops, "),
-        ('{"dense_tflops": 0}', "dense_tflops=0 of the rates must be a number above 0"),
+        ('{"dense_tflops": 0}', "dense_tflops=0 of the rates must be a finite number above 0"),
+        ('{"dense_tflops": true}', "dense_tflops=True of the rates"),
+        ('{"dense_tflops": Infinity}', "dense_tflops=inf of the rates"),
+        ('{"dense_tflops": NaN}', "dense_tflops=nan of the rates"),
+        ('{"dense_tflops": "700"}', "dense_tflops='700' of the rates"),
+        ('{"layer_host_s": -1}', "layer_host_s=-1 of the rates must be a finite number of at least 0"),
+        ('{"calibration": 3}', "calibration=3 of the rates must be text"),
         ("[]", "holds .no mapping."),
         ("{", "cannot be read"),
     ):
