@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from megatron_m1.config.errors import ConfigError
 from megatron_m1.rl.rewards.protocol import RewardRequest, RewardResult, RewardSpec, Score
@@ -25,7 +26,7 @@ class TooManyRewardErrors(RuntimeError):
 
 
 class RewardPool:
-    """Judges samples in `workers` processes; use it as a context manager.
+    """Judges samples in `workers` processes; use it as a context manager. One that was killed is made anew while the others work.
 
     rewards: name -> where it is found.  timeout_s: wall time of one sample, after which its worker is killed.
     memory_bytes: address space of a worker.  start_timeout_s: time to import the rewards.
@@ -58,7 +59,7 @@ class RewardPool:
         try:
             self._workers = [self._start() for _ in range(workers)]
             for worker in self._workers:
-                worker.wait_until_ready(start_timeout_s)
+                worker.wait_until_ready()
         except BaseException:
             self.close()
             raise
@@ -72,25 +73,22 @@ class RewardPool:
         waiting = deque(range(len(requests)))
         busy: dict[_Worker, int] = {}
         try:
-            with selectors.DefaultSelector() as selector:
-                idle = list(self._workers)
-                while waiting or busy:
-                    while waiting and idle:
-                        worker, index = idle.pop(), waiting.popleft()
-                        busy[worker] = index
-                        selector.register(worker.output, selectors.EVENT_READ, worker)
+            while waiting or busy:
+                for worker in self._workers:
+                    if waiting and worker.ready and worker not in busy:
+                        busy[worker] = index = waiting.popleft()
                         worker.send(requests[index], self.timeout_s)
-                    soonest = min(worker.started for worker in busy) + self.timeout_s
-                    ready = {key.data for key, _ in selector.select(max(soonest - time.monotonic(), 0.0))}
-                    for worker in list(busy):
-                        result = worker.receive() if worker in ready else None
-                        if result is None and time.monotonic() - worker.started >= self.timeout_s:
-                            result = worker.fault(f"killed after {self.timeout_s:g} s")
-                        if result is None:
-                            continue
-                        selector.unregister(worker.output)
-                        results[busy.pop(worker)] = result
-                        idle.append(self._replace(worker) if worker.broken else worker)
+                self._wait(busy)
+                for worker in list(busy):
+                    # Before the clock: what was answered in time counts, however long this process was elsewhere.
+                    result = worker.receive()
+                    if result is None and time.monotonic() >= worker.started + self.timeout_s:
+                        result = worker.fault(f"killed after {self.timeout_s:g} s")
+                    if result is None:
+                        continue
+                    results[busy.pop(worker)] = result
+                    if worker.broken:
+                        self._replace(worker)
         finally:
             # After an exception: what these workers still answer belongs to no later request.
             for worker in list(busy):
@@ -113,15 +111,28 @@ class RewardPool:
         self.close()
 
     def _start(self) -> "_Worker":
-        return _Worker({name: asdict(spec) for name, spec in self._rewards.items()}, self._memory_bytes)
+        rewards = {name: asdict(spec) for name, spec in self._rewards.items()}
+        setup = {"rewards": rewards, "memory_bytes": self._memory_bytes, "timeout_s": self.timeout_s}
+        return _Worker(setup, start_timeout_s=self._start_timeout_s)
 
-    def _replace(self, worker: "_Worker") -> "_Worker":
+    def _wait(self, busy: Container["_Worker"]) -> None:
+        """Until a busy or a starting worker has said something, or one's time is over."""
+        pending = [worker for worker in self._workers if worker in busy or not worker.ready]
+        deadline = min(
+            worker.started + (self.timeout_s if worker.ready else self._start_timeout_s) for worker in pending
+        )
+        with selectors.DefaultSelector() as selector:
+            for worker in pending:
+                selector.register(worker.output, selectors.EVENT_READ)
+            selector.select(max(deadline - time.monotonic(), 0.0))
+        for worker in pending:
+            worker.check_start()
+
+    def _replace(self, worker: "_Worker") -> None:
+        """Another in its place, which is ready in its own time."""
         worker.kill()
         self.replaced += 1
-        fresh = self._start()
-        self._workers[self._workers.index(worker)] = fresh
-        fresh.wait_until_ready(self._start_timeout_s)
-        return fresh
+        self._workers[self._workers.index(worker)] = self._start()
 
     def _count_errors(self, results: Sequence[RewardResult]) -> None:
         self._recent.extend(result.reward_error for result in results)
@@ -137,7 +148,7 @@ class RewardPool:
 class _Worker:
     """One process, its pipes, and the request it is at."""
 
-    def __init__(self, rewards: dict[str, dict], memory_bytes: int) -> None:
+    def __init__(self, setup: dict[str, Any], *, start_timeout_s: float) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         # A session of its own: killing the group takes what the reward started with it.
         self.process = subprocess.Popen(
@@ -150,25 +161,36 @@ class _Worker:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.output = self.process.stdout
         os.set_blocking(self.output.fileno(), False)
+        self.ready = False
         self.broken = False
         self.started = time.monotonic()
+        self._start_timeout_s = start_timeout_s
         self._buffer = b""
-        self._write({"rewards": rewards, "memory_bytes": memory_bytes})
+        self._write(setup)
 
-    def wait_until_ready(self, timeout_s: float) -> None:
+    def wait_until_ready(self) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self.output, selectors.EVENT_READ)
-            while (line := self._line()) is None:
-                left = self.started + timeout_s - time.monotonic()
-                if self.broken or left <= 0:
-                    raise ConfigError(f"A reward worker did not start within {timeout_s:g} s; its messages are above.")
-                selector.select(left)
-        if "failed" in line:
-            raise ConfigError(f"A reward cannot be made: {line['failed']}; mend its target or options.")
+            while not self.ready:
+                selector.select(max(self.started + self._start_timeout_s - time.monotonic(), 0.0))
+                self.check_start()
+
+    def check_start(self) -> None:
+        """Notice that the rewards are made. Raises ConfigError if they cannot be, or not in time."""
+        if self.ready:
+            return
+        line = self._line()
+        if line is not None and "failed" in line:
+            raise ConfigError(f"A reward cannot be made: {line['failed']}")
+        self.ready = line is not None
+        if not self.ready and (self.broken or time.monotonic() >= self.started + self._start_timeout_s):
+            raise ConfigError(
+                f"A reward worker did not start within {self._start_timeout_s:g} s; its messages are above."
+            )
 
     def send(self, request: RewardRequest, timeout_s: float) -> None:
         self.started = time.monotonic()
-        self._write({**asdict(request), "cpu_s": timeout_s})
+        self._write({**asdict(request), "timeout_s": timeout_s})
 
     def receive(self) -> RewardResult | None:
         """The result if it is there; a fault if the process is gone."""

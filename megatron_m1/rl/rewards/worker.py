@@ -1,7 +1,7 @@
 """A reward worker process: `python -m megatron_m1.rl.rewards.worker`, one JSON line in, one JSON line out.
 
-First line in: {"rewards": {name: {"target", "options"}}, "memory_bytes"}; out: {"ready": true} or {"failed": why}.
-Then per request {"reward", "prompt", "response", "task", "cpu_s"}; out: {"value", "parts"} or {"error": why}.
+First line in: {"rewards": {name: {"target", "options"}}, "memory_bytes", "timeout_s"}; out: {"ready": true} or {"failed": why}.
+Then per request {"reward", "prompt", "response", "task", "timeout_s"}; out: {"value", "parts"} or {"error": why}.
 Nothing else reaches the pool: standard output of the rewards goes to standard error.
 """
 
@@ -11,11 +11,13 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from typing import IO, Any
 
-from megatron_m1.rl.rewards.protocol import Reward, RewardRequest
+from megatron_m1.config.errors import ConfigError
+from megatron_m1.rl.rewards.protocol import Reward, RewardRequest, Score
 
-__all__ = ["main"]
+__all__ = ["load_reward", "main"]
 
 
 def main() -> int:
@@ -24,9 +26,11 @@ def main() -> int:
     os.dup2(2, 1)
     setup = json.loads(sys.stdin.readline())
     try:
-        rewards = {name: _load(spec) for name, spec in setup["rewards"].items()}
+        rewards = {
+            name: load_reward(name, **spec, timeout_s=setup["timeout_s"]) for name, spec in setup["rewards"].items()
+        }
     except Exception as error:
-        _answer(answers, {"failed": _said(error)})
+        _answer(answers, {"failed": str(error)[:2000]})
         return 0
     # Only the soft limit: a sandbox started from here sets its own.
     resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -36,19 +40,46 @@ def main() -> int:
     return 0
 
 
-def _load(spec: dict[str, Any]) -> Reward:
-    module, _, name = spec["target"].partition(":")
-    return getattr(importlib.import_module(module), name)(**spec["options"])
+def load_reward(name: str, target: str, options: Mapping[str, Any], *, timeout_s: float) -> Reward:
+    """The reward that is made by `target` (module:Class) with `options`. Raises ConfigError with the name if it cannot be."""
+    where = f"{name}: target={target}"
+    module, _, attribute = target.partition(":")
+    if not module or not attribute:
+        raise ConfigError(f"{where} must be module:Class, e.g. my_package.rewards:MyReward.")
+    try:
+        made_in = importlib.import_module(module)
+    except Exception as error:
+        raise ConfigError(
+            f"{where} cannot be imported ({_said(error)}); mend it or add its folder to PYTHONPATH."
+        ) from None
+    found = getattr(made_in, attribute, None)
+    if found is None:
+        raise ConfigError(f"{where}: the module has no {attribute}; name one of its classes.")
+    try:
+        reward = found(**options)
+    except Exception as error:
+        raise ConfigError(f"{where} with options={dict(options)}: {_said(error)}") from None
+    if not callable(reward):
+        raise ConfigError(f"{where} makes no reward: its instances need __call__(request) -> Score.")
+    least = getattr(reward, "least_timeout_s", 0.0)
+    if least >= timeout_s:
+        raise ConfigError(
+            f"{where} with options={dict(options)} may take {least:g} s, and its worker is killed after rl.reward_timeout_s="
+            f"{timeout_s:g}; raise that or lower the option."
+        )
+    return reward
 
 
 def _judge(rewards: dict[str, Reward], message: dict[str, Any]) -> dict[str, Any]:
     # If the trainer is killed, nobody is left to kill a worker that never ends: the kernel does, by CPU time.
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    limit = math.ceil(usage.ru_utime + usage.ru_stime + 2 * message.pop("cpu_s")) + 1
+    limit = math.ceil(usage.ru_utime + usage.ru_stime + 2 * message["timeout_s"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     try:
         request = RewardRequest(**message)
         score = rewards[request.reward](request)
+        if not isinstance(score, Score):
+            raise TypeError(f"the reward returned {type(score).__name__}, not a Score")
         if not math.isfinite(score.value):
             raise ValueError(f"the reward is {score.value}")
         return {"value": float(score.value), "parts": {name: float(part) for name, part in score.parts.items()}}

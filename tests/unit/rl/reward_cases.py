@@ -1,18 +1,23 @@
 """Rewards that misbehave, for the tests of the pool."""
 
+import math
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+from megatron_m1.rl.rewards.code import CodeReward
 from megatron_m1.rl.rewards.protocol import RewardRequest, Score
 
 
 class Misbehaving:
-    """Does what the response says."""
+    """Does what the response says. slow: a file; while it exists, making one takes two seconds."""
 
-    def __init__(self, *, base: float = 0.0) -> None:
+    def __init__(self, *, base: float = 0.0, slow: str | None = None) -> None:
         self.base = base
+        if slow is not None and os.path.exists(slow):
+            time.sleep(2.0)
 
     def __call__(self, request: RewardRequest) -> Score:
         match request.response:
@@ -23,6 +28,12 @@ class Misbehaving:
                 return Score(float(len(str((10**10) ** 10**10))))
             case "sleep":
                 time.sleep(100)
+            case "nap":
+                time.sleep(0.2)
+            case "time":
+                return Score(request.timeout_s)
+            case "number":
+                return 1.0  # type: ignore[return-value]
             case "raise":
                 raise RuntimeError("verifier bug")
             case "die":
@@ -47,3 +58,20 @@ class Misbehaving:
 class Unmakeable:
     def __init__(self) -> None:
         raise ValueError("no data")
+
+
+class NoReward:
+    """Nothing to call."""
+
+
+class Patient(Misbehaving):
+    """May need two seconds."""
+
+    least_timeout_s = 2.0
+
+
+class PatientWithCode(CodeReward):
+    """Knows no budget: the pool has to end it."""
+
+    def __call__(self, request: RewardRequest) -> Score:
+        return super().__call__(replace(request, timeout_s=math.inf))

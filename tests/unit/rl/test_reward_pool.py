@@ -99,10 +99,56 @@ def test_too_many_errors_stop_the_run():
             pool.score([RewardRequest("other", "", "")])
 
 
-@pytest.mark.parametrize("target", ["tests.unit.rl.reward_cases:Unmakeable", "no.such:Module"])
-def test_a_reward_that_cannot_be_made_stops_at_the_start(target):
-    with pytest.raises(ConfigError, match="cannot be made"):
-        RewardPool({"r": RewardSpec(target)}, workers=1)
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        ("tests.unit.rl.reward_cases:Unmakeable", r"with options={}: ValueError: no data"),
+        ("no.such:Module", r"cannot be imported \(ModuleNotFoundError: No module named 'no'\)"),
+        ("tests.unit.rl.reward_cases:Missing", "the module has no Missing"),
+        ("tests.unit.rl.reward_cases", "must be module:Class"),
+        ("tests.unit.rl.reward_cases:NoReward", "its instances need __call__"),
+        (
+            "tests.unit.rl.reward_cases:Patient",
+            "may take 2 s, and its worker is killed after rl.reward_timeout_s=2; raise",
+        ),
+    ],
+)
+def test_a_reward_that_cannot_be_made_stops_at_the_start(target, message):
+    with pytest.raises(ConfigError, match=f"A reward cannot be made: r: target={target}.*{message}"):
+        RewardPool({"r": RewardSpec(target)}, workers=1, timeout_s=2.0)
+
+
+def test_rewards_know_their_time_and_must_give_a_score(pool):
+    assert pool.score([ask("time")])[0].value == pool.timeout_s
+    assert "returned float, not a Score" in pool.score([ask("number")])[0].reward_error
+
+
+def test_a_slow_replacement_holds_nobody_up(tmp_path):
+    slow = tmp_path / "slow"
+    spec = {"r": RewardSpec("tests.unit.rl.reward_cases:Misbehaving", {"slow": str(slow)})}
+    with RewardPool(spec, workers=2, timeout_s=0.6, max_error_share=1.0) as pool:
+        slow.touch()
+        results = pool.score([ask("hang")] + [ask("nap")] * 8)
+        assert [result.reward_error is None for result in results] == [False] + [True] * 8
+        assert pool.replaced == 1 and max(result.wall_s for result in results) < 1.5
+        assert pool.score([ask("hang"), ask("hang")])[1].reward_error  # nobody is ready: the next one waits
+        assert pool.score([ask("ok")])[0].value == 0.0
+
+
+def test_a_replacement_that_cannot_start_stops_the_run(tmp_path):
+    slow = tmp_path / "slow"
+    spec = {"r": RewardSpec("tests.unit.rl.reward_cases:Misbehaving", {"slow": str(slow)})}
+    with RewardPool(spec, workers=1, timeout_s=0.5, max_error_share=1.0) as pool:
+        slow.touch()
+        pool._start_timeout_s = 1.0
+        with pytest.raises(ConfigError, match="did not start within 1 s"):
+            pool.score([ask("hang"), ask("ok")])
+
+
+def test_what_was_answered_in_time_counts_however_late_it_is_read(monkeypatch):
+    with RewardPool(SPEC, workers=1, timeout_s=0.5, max_error_share=1.0) as pool:
+        monkeypatch.setattr(pool, "_wait", lambda busy: time.sleep(1.0))
+        assert pool.score([ask("ok")])[0].value == 1.0 and pool.replaced == 0
 
 
 def test_workers_end_when_the_trainer_is_killed():
