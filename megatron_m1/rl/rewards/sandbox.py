@@ -6,6 +6,7 @@ process, no environment, no capability. There is no weaker mode: a machine that 
 
 import contextlib
 import json
+import math
 import os
 import platform
 import secrets
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -96,12 +97,16 @@ class Sandbox:
         if faults:
             raise SandboxUnavailable(f"No sandbox for code: {'; '.join(faults)}; {REMEDY}.")
 
-    def run(self, source: str, *, stdin: bytes = b"", function: str | None = None) -> SandboxOutcome:
+    def run(
+        self, source: str, *, stdin: bytes = b"", function: str | None = None, wall_s: float = math.inf
+    ) -> SandboxOutcome:
         """Run a program with `stdin`; with `function`, call it with the JSON list in stdin, its JSON result being stdout.
 
+        wall_s: for this run, if it is less than the limit.
         Each run has a fresh sandbox; all its processes have ended when this returns. Raises SandboxError.
         """
-        return _run(self._python, self.limits, source, stdin=stdin, function=function)
+        limits = replace(self.limits, wall_s=min(wall_s, self.limits.wall_s))
+        return _run(self._python, limits, source, stdin=stdin, function=function)
 
 
 def probe_sandbox(*, python: str | None = None) -> list[str]:

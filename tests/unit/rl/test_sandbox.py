@@ -258,8 +258,32 @@ def test_code_reward_in_the_pool():
 
 
 @needs_sandbox
+@pytest.mark.parametrize(
+    "source, passed",
+    [
+        ("import time\nprint(sum(map(int, input().split())))\ntime.sleep(0.5)", 0.05),
+        ("while True: pass", 0.0),
+        ("import time\ntime.sleep(60)", 0.0),
+    ],
+)
+def test_programs_too_slow_for_all_their_tests_get_0_and_no_error(source, passed):
+    slow = RewardRequest("code", "", block(source), {"tests": LINES * 10})
+    with RewardPool({"code": RewardSpec("megatron_m1.rl.rewards.code:CodeReward")}, workers=1, timeout_s=3.0) as pool:
+        (result,) = pool.score([slow])
+        assert result.reward_error is None and result.value == 0.0 and pool.replaced == 0
+        assert passed <= result.score.parts["passed_share"] < 0.5 and result.score.parts["out_of_time"] == 1.0
+
+
+@needs_sandbox
+def test_a_test_that_may_outlast_the_pool_is_refused():
+    spec = RewardSpec("megatron_m1.rl.rewards.code:CodeReward", {"limits": {"wall_s": 8.0}})
+    with pytest.raises(ConfigError, match=r"may take 10 s.*killed after rl.reward_timeout_s=10; raise that or lower"):
+        RewardPool({"code": spec}, workers=1, timeout_s=10.0)
+
+
+@needs_sandbox
 def test_killing_a_worker_ends_its_sandbox():
-    spec = RewardSpec("megatron_m1.rl.rewards.code:CodeReward", {"limits": {"wall_s": 60.0}})
+    spec = RewardSpec("tests.unit.rl.reward_cases:PatientWithCode")
     hang = block("import os, time\nos.fork()\ntime.sleep(60)")
     with RewardPool({"code": spec}, workers=1, timeout_s=0.7, max_error_share=1.0) as pool:
         assert "killed after" in pool.score([RewardRequest("code", "", hang, {"tests": CALLS})])[0].reward_error
