@@ -17,14 +17,11 @@ import torch
 from megatron_m1.config import from_yaml, load_config, validate
 from megatron_m1.config.layout import head_chunk_tokens
 from megatron_m1.engine.cluster import DEVICES
+from megatron_m1.engine.context_exchange import key_value_exchange, state_exchange
 from megatron_m1.engine.schedule import consumed_samples, learning_rate
 from megatron_m1.engine.step_time import step_time
 from megatron_m1.generation.blocks import blocks_for
 from megatron_m1.generation.cache import HybridCache
-from megatron_m1.model.softmax import _method
-from megatron_m1.parallel.lightning_exchange import exchange_method
-from megatron_m1.parallel.sequence_layout import SequenceLayout
-from megatron_m1.parallel.state_chain import state_chains
 from megatron_m1.rl.dry_run import rollout_memory
 
 ROOT = Path(__file__).parents[2]
@@ -323,14 +320,8 @@ RESOLVED = ["parallel.context_lightning", "parallel.context_softmax"]
 
 def chosen_methods(config):
     """How states travel, how keys and values, and whether the head's logits are computed in chunks."""
-    model, parallel, training = config.model, config.parallel, config.training
-    world, length = parallel.context, training.seq_length
-    chains = state_chains(SequenceLayout.dense(world=world, rank=0, rows=1, tokens=length), torch.device("cpu"))
-    state_bytes = 4 * model.num_attention_heads // parallel.tensor * model.head_dim**2
-    states = exchange_method(parallel.context_lightning, chains=chains, world=world, state_bytes=state_bytes)
-    heads, dtype = model.num_key_value_heads // parallel.tensor, {"bf16": torch.bfloat16, "fp32": torch.float32}
-    keys = torch.empty(1, length // world, heads, model.head_dim, dtype=dtype[training.precision], device="meta")
-    return states, _method(parallel.context_softmax, keys, world=world), head_chunk_tokens(config) < length // world
+    chunked = head_chunk_tokens(config) < config.training.seq_length // config.parallel.context
+    return state_exchange(config).method, key_value_exchange(config).method, chunked
 
 
 def test_the_twin_of_the_million_token_preset_turns_the_same_switches():
