@@ -1,8 +1,9 @@
 """The system calls a sandboxed program is refused, as a classic BPF program for bwrap's --seccomp.
 
 Namespaces, capabilities and mounts are bwrap's; the filter takes away what unprivileged programs may still ask of the kernel:
-new user namespaces (the usual way to its less tested parts), mounts, tracing, keyrings, bpf, io_uring, modules, and sockets of
-families that network namespaces do not hold (a virtual machine's vsock reaches its host) or that few programs need.
+new user namespaces (the usual way to its less tested parts), mounts, tracing, keyrings, bpf, io_uring, modules, memory that no
+limit counts (System V and anonymous files: neither address space nor a file system's size), and sockets of families that
+network namespaces do not hold (a virtual machine's vsock reaches its host) or that few programs need.
 """
 
 import errno
@@ -35,6 +36,14 @@ REFUSED = {
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
     "io_uring_setup": (425, 425),
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "mq_open": (240, 180),
+    "msgget": (68, 186),
+    "semget": (64, 190),
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),

@@ -248,6 +248,41 @@ print("done", flush=True)
         "import os, time\nfor _ in range(3): os.fork()\nx = bytearray(100 << 20)\ntime.sleep(60)",
         lambda outcome: stopped(outcome) and outcome.ended == "memory",
     ),
+    "memory that no limit counts": Case(
+        TRY
+        + """
+import ctypes, mmap
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+BLOCK = 64 << 20
+def system_v():
+    kept = 0
+    for _ in range(8):
+        number = libc.shmget(0, ctypes.c_size_t(BLOCK), 0o1600)
+        if number < 0:
+            return kept
+        address = libc.shmat(number, None, 0)
+        if address not in (None, ctypes.c_void_p(-1).value):
+            ctypes.memset(address, 1, BLOCK)
+            libc.shmdt(ctypes.c_void_p(address))
+        kept += 1
+    return kept
+def anonymous_files():
+    for n in range(8):
+        fd = os.memfd_create("x%d" % n)
+        os.truncate(fd, 1 << 20)
+        return fd
+attempt("System V memory", system_v)
+attempt("anonymous files", anonymous_files)
+attempt("secret memory", lambda: libc.syscall(447, 0) >= 0)
+attempt("message queue", lambda: libc.msgget(0, 0o1600) >= 0)
+attempt("semaphores", lambda: libc.semget(0, 1, 0o1600) >= 0)
+MQ_OPEN = {"x86_64": 240, "aarch64": 180}[os.uname().machine]
+attempt("posix queue", lambda: libc.syscall(MQ_OPEN, b"q", os.O_CREAT | os.O_RDWR, 0o600, None) >= 0)
+print("done")
+""",
+        clean,
+    ),
     "disk": Case(
         TRY
         + """
@@ -281,8 +316,12 @@ def judge(sandbox: Sandbox, case: Case) -> str | None:
         source = case.source
         for name, value in values.items():
             source = source.replace(name, value)
+        usual = sandbox.limits
         sandbox.limits = case.limits
-        outcome = sandbox.run(source)
+        try:
+            outcome = sandbox.run(source)
+        finally:
+            sandbox.limits = usual
         if not case.holds(outcome):
             return f"outcome {outcome}"
         if not target.untouched():
@@ -322,7 +361,7 @@ def main() -> int:
             name: "ESCAPED: " + fault if (fault := judge(sandbox, case)) else "HELD" for name, case in CASES.items()
         }
     for name, result in results.items():
-        print(f"{name:24} {result}")
+        print(f"{name:28} {result}")
     held = sum(result == "HELD" for result in results.values())
     print(f"{held} of {len(CASES)} held; {'PASSED' if held == len(CASES) else 'NOT PASSED'}")
     return 0 if held == len(CASES) else 1

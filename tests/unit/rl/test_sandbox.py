@@ -126,6 +126,7 @@ def sandbox() -> Sandbox:
 @pytest.mark.parametrize("name", CASES)
 def test_escapes_are_held(sandbox, name):
     assert judge(sandbox, CASES[name]) is None
+    assert sandbox.limits == LIMITS, "the next test's too"
 
 
 @needs_sandbox
