@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from m1_kernels import triton_runtime
 from m1_kernels.choice import Implementation, choose
+from torch.autograd.function import once_differentiable
 
 __all__ = ["gated_rms_norm", "rms_norm", "swiglu"]
 
@@ -83,6 +84,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         normed = x.to(scale.dtype) * scale
@@ -103,6 +105,7 @@ class _SwiGLU(torch.autograd.Function):
         return forward(gate_up, scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         return (*ctx.backward_pass(grad, *ctx.saved_tensors), None, None)
 
@@ -161,6 +164,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         gradients = ctx.backward_pass(grad, *ctx.saved_tensors, ctx.channels, ctx.all_reduce)
         return (*gradients, None, None, None, None, None)

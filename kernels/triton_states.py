@@ -21,10 +21,11 @@ def read_states_triton(
     cu_seqlens: torch.Tensor | None = None,
     reverse: bool = False,
     transposed: bool = False,
+    horizon: bool = True,
 ) -> None:
     """Adds to `out`; see `lightning_attention_read`. The state is an operand in the dtype of q, all sums are in float32.
 
-    Tokens whose weight is exactly zero in float32 are neither read nor written.
+    horizon: tokens whose weight is exactly zero in float32 are neither read nor written; False takes them, with bitwise equal results.
     """
     batch, tokens, heads, dim = q.shape
     documents = batch if cu_seqlens is None else len(cu_seqlens) - 1
@@ -37,7 +38,8 @@ def read_states_triton(
         q, states.contiguous(), out_rows, slopes.float().contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
         *q.stride()[:3], *out_rows.stride()[:3], tokens, heads, SEGMENT, documents,
-        D=dim, DP=_padded(dim), REVERSE=reverse, TRANSPOSED=transposed, PRECISION=_precision(q.dtype), num_warps=4, **tile,
+        D=dim, DP=_padded(dim), REVERSE=reverse, TRANSPOSED=transposed, HORIZON=horizon, PRECISION=_precision(q.dtype),
+        num_warps=4, **tile,
     )  # fmt: skip
     if out_rows is not out:
         out.copy_(out_rows)
@@ -62,13 +64,13 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "documents"])
 def _read_states(
     A, States, Out, Slopes, Cu,
     a_row, a_token, a_head, o_row, o_token, o_head,
     T, H, SEGMENT, documents,
     D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, HORIZON: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out_i += e^{-s (i+1)} a_i S, or e^{-s (n-1-i)} a_i S (REVERSE), of one head, value block and span.
 
@@ -88,14 +90,15 @@ def _read_states(
             begin = _within(tl.load(Cu + document), T)
             end = _within(tl.load(Cu + document + 1), T)
         s = tl.load(Slopes + h) * LOG2_E
-        # 2^-150 rounds to zero in float32, denormals included
-        reach = tl.minimum(150.0 / tl.maximum(s, 1e-30) + 2.0, 1e9).to(tl.int32)
         first = start
         last = start + tokens
-        if REVERSE:
-            first = start + tl.maximum(end - reach - start, 0) // C * C
-        else:
-            last = tl.minimum(last, begin + reach)
+        if HORIZON:
+            # 2^-150 rounds to zero in float32, denormals included
+            reach = tl.minimum(150.0 / tl.maximum(s, 1e-30) + 2.0, 1e9).to(tl.int32)
+            if REVERSE:
+                first = start + tl.maximum(end - reach - start, 0) // C * C
+            else:
+                last = tl.minimum(last, begin + reach)
         channels = tl.arange(0, DP)
         places = channels[:, None] * D + columns[None, :]
         if TRANSPOSED:
@@ -133,7 +136,14 @@ def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[
     )
     for dim, dtype, reverse, packed in shapes:
         tile = _tile(dtype, dim)
-        constants: dict[str, object] = {"D": dim, "DP": dim, "REVERSE": reverse, "TRANSPOSED": reverse, **tile}
+        constants: dict[str, object] = {
+            "D": dim,
+            "DP": dim,
+            "REVERSE": reverse,
+            "TRANSPOSED": reverse,
+            "HORIZON": True,
+            **tile,
+        }
         constants |= {"PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"} | ({} if packed else {"Cu": None})
         kind = "fp32" if dtype == torch.float32 else "bf16"
         tensors = dict.fromkeys(("A", "Out"), f"*{kind}:16")

@@ -40,6 +40,22 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(ours, leaves(*shapes))
 
 
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives_are_refused(name, implementation):
+    device = DEVICE if implementation == "triton" else "cpu"
+    inputs = leaves(*CASES[name][2], dtype=torch.float32, device=device)
+    if name == "rms_norm":  # torch's own on CUDA
+        out = rms_norm(*(x.cpu() for x in inputs), 0.1)
+    elif name == "swiglu":
+        out = swiglu(*inputs, implementation=implementation)
+    else:
+        out = gated_rms_norm(*inputs, 0.1, implementation=implementation)
+    (first,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def test_swiglu_without_tokens():
     gate_up, scale = leaves((0, 8), (0,))
     swiglu(gate_up, scale).sum().backward()

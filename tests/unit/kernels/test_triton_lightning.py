@@ -11,6 +11,7 @@ import torch
 from m1_kernels import lightning_attention, lightning_attention_packed, slopes, triton_attention
 from m1_kernels.chunked import lightning_attention_chunked
 from m1_kernels.triton_attention import CHUNK, lightning_state_triton
+from m1_kernels.triton_states import read_states_triton
 
 from tests.unit.kernels.checks import Case, Inputs, assert_matches_oracle, head_errors, make_inputs, oracle, run
 
@@ -381,6 +382,57 @@ def test_tokens_beyond_the_exact_zero_horizon_are_skipped_with_equal_bits(revers
     assert state(k, poisoned, horizon=False).isnan().all()
     assert state(k, poisoned)[:, 0].isfinite().all()
     assert state(k, poisoned)[:, 1].isnan().all()
+
+
+def last_weights(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slopes [H], last [H]): e^{-s n} is not zero in float32 up to n = last, one of as many numbers in turn as a chunk has tokens."""
+    last = torch.arange(tokens - C, tokens, device=DEVICE)
+    return 149.25 * math.log(2) / last, last
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_last_token_within_the_horizon_counts(reverse: bool) -> None:
+    """A huge value there alone, wherever in a chunk that is; one token further it is worth nothing."""
+    decay, last = last_weights(128)
+    heads, tokens = torch.arange(C, device=DEVICE), 3 * CHUNK
+    k = torch.ones(1, tokens, C, 16, device=DEVICE)
+    found = []
+    for beyond in (0, 1):
+        v = torch.zeros_like(k)
+        gap = last + beyond
+        v[0, gap - 1 if reverse else tokens - 1 - gap, heads] = 2.0**100
+        states = [
+            lightning_state_triton(k, v, decay, reverse=reverse, segment=tokens, horizon=horizon)
+            for horizon in (True, False)
+        ]
+        assert torch.equal(*states)
+        found.append(states[0].flatten(2).amax(-1))
+    assert (found[0] > 0).all() and not found[1].any()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_state_is_read_up_to_the_horizon_and_no_further(reverse: bool) -> None:
+    """With the bits of a read that knows none; what lies a chunk beyond it is not touched."""
+    decay, last = last_weights(128)
+    heads, tokens = torch.arange(C, device=DEVICE), 5 * CHUNK
+    states, edges = torch.ones(2, C, 16, 16, device=DEVICE), torch.tensor([0, tokens, tokens + 9], dtype=torch.int32)
+
+    def read(q: torch.Tensor, horizon: bool) -> torch.Tensor:
+        out = torch.zeros_like(q)
+        options = {"cu_seqlens": edges.to(DEVICE), "reverse": reverse, "horizon": horizon}
+        read_states_triton(q, states, decay, out=out, **options)
+        return out[0, :tokens]
+
+    for beyond in (0, 1):
+        place = tokens - 1 - last - beyond if reverse else last - 1 + beyond
+        q = torch.zeros(1, tokens + 9, C, 16, device=DEVICE)
+        q[0, place, heads] = 2.0**100
+        out = read(q, True)
+        assert torch.equal(out, read(q, False))
+        assert bool((out[place, heads] > 0).all()) == (beyond == 0)
+    far = slice(0, tokens - 128 - CHUNK) if reverse else slice(128 + CHUNK, tokens)
+    q[:, far] = float("nan")
+    assert read(q, False)[far].isnan().all() and read(q, True).isfinite().all()
 
 
 def test_packed_projection_with_silu_matches_separate_operators() -> None:
