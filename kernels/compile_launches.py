@@ -47,7 +47,7 @@ def cases(capability: int, *, every: bool = False) -> list[Case]:
 def _computes(case: Case) -> str:
     """Equal for launches whose loops hold the same products."""
     _, kernel, _, constants, _ = case
-    transposed = constants["D"] == M1_DIM and constants.get("TRANSPOSED")
+    transposed = constants.get("D") == M1_DIM and constants.get("TRANSPOSED")
     return f"{kernel.__name__} {constants.get('REVERSE')} {transposed}"
 
 
@@ -78,6 +78,7 @@ def _run(dim: int, dtype: torch.dtype, plan: _Plan, *, packed: bool, stateful: b
     call = _Call.of(x, slopes, edges)
     state = torch.empty(3, HEADS, dim, dim) if stateful else None
     _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=stateful)
+    call.zero_padding(torch.empty(*x.shape[:3], 3 * dim, dtype=dtype))
     if saving:
         triton_attention._backward(call, plan, x, x, x, x, state, x, x, x, state, states)
 

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-__all__ = ["compile_cases", "descriptor"]
+__all__ = ["descriptor", "sweep"]
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
@@ -438,34 +438,3 @@ def sweep(
         [4, 1],
         [128, 24],
     )  # fmt: skip
-
-
-def compile_cases(
-    capability: int,
-) -> list[tuple[str, Any, dict[str, str], dict[str, object], dict[str, int]]]:
-    """As `triton_lightning.compile_cases`; none but for sm_90."""
-    # Here and not above: the launch module imports this one when it launches.
-    from m1_kernels.triton_attention import tiling
-
-    if capability != 90:
-        return []
-    tile = tiling("specialised", None, 128, capability)
-    types = dict.fromkeys(("Slopes", "Entry", "States", "Saved", "Left"), "*fp32:16")
-    types |= {"Cu": "*i32:16", "OutRows": "*bf16:16", "OutRows2": "*bf16:16", "T": "i32", "documents": "i32"}
-    for names, columns in ((("A", "B_", "A2", "B2"), 128), (("V", "Out", "V2", "Out2"), tile.values)):
-        types |= dict.fromkeys(names, f"tensordesc<bf16[1,{tile.chunk},1,{columns}],{TILE!r}>")
-
-    def case(label: str, **constants: object):
-        values = {"D": 128, "BV": tile.values, "C": tile.chunk, "STAGES": tile.stages, "VARLEN": False, "PAIR": False}
-        values |= {"REVERSE": False, "TRANSPOSED": False, "ENTRY": 0, "SAVING": False, "LEAVING": False, **constants}
-        if not values["PAIR"]:
-            values |= dict.fromkeys(("A2", "B2", "V2", "Out2", "OutRows2"))
-        signature = {name: "constexpr" if name in values else types.get(name, "i32:16") for name in sweep.arg_names}
-        return f"specialised sweep {label}[128]", sweep, signature, values, {"num_warps": tile.warps}
-
-    return [
-        case("", SAVING=True),
-        case("packed ", SAVING=True, LEAVING=True, ENTRY=1, VARLEN=True),
-        case("of spans ", ENTRY=2, TRANSPOSED=True),
-        case("pair ", REVERSE=True, PAIR=True, VARLEN=True, LEAVING=True, ENTRY=3),
-    ]

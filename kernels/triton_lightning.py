@@ -10,13 +10,10 @@ One sweep, in either direction of time, computes all four outputs, s being the h
     out_i = sum_{j >= i} e^{-s(j-i)} (a_i . b_j) v_j          dv = reverse (k, q, do)    dk = reverse  (v, do, q)
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-__all__ = ["compile_cases"]
+__all__ = ["local_states", "scan_states", "sweep", "zero_padding"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -491,39 +488,3 @@ def zero_padding(X, stride_t, stride_h, Cu, T, H, documents, W: tl.constexpr, BL
             at = first + tl.arange(0, BLOCK)
             zeros = tl.zeros([BLOCK], X.dtype.element_ty)
             tl.store(X + t.to(tl.int64) * stride_t + at // W * stride_h + at % W, zeros, mask=at < H * W)
-
-
-def compile_cases(
-    capability: int,
-) -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
-    """(name, kernel, signature, constexprs, options) of the kernels as M1 launches them, for `compile_check`."""
-    # Here and not above: the launch module imports this one when it launches.
-    from m1_kernels.triton_attention import tiling
-
-    types = dict.fromkeys(("Slopes", "Entry", "Saved", "Left", "States", "Initial"), "*fp32:16")
-    types |= {"Cu": "*i32:16", "OutRows": "*bf16:16"} | dict.fromkeys(
-        ("T", "documents", "entry_row", "entry_column"), "i32"
-    )
-
-    def case(kernel: triton.JITFunction, label: str, dim: int, *, varlen: bool = False, **constants: object):
-        tile = tiling("sweep" if kernel is sweep else "local", torch.bfloat16, dim, capability)
-        values = {"D": dim, "DP": dim, "BV": tile.values, "C": tile.chunk, "VARLEN": varlen, "PRECISION": "ieee"}
-        values |= {"EXACT": True, "STAGES": tile.stages, "BLOCK": 1024, "HORIZON": True, **constants}
-        values = {name: value for name, value in values.items() if name in kernel.arg_names}
-        signature = {name: "constexpr" if name in values else types.get(name, "i32:16") for name in kernel.arg_names}
-        for name in {"A", "B_", "V", "Out"} & set(kernel.arg_names):
-            signature[name] = f"tensordesc<bf16[1,{tile.chunk},1,{tile.values if name in ('V', 'Out') else dim}]>"
-        launch = {"num_warps": 4 if kernel is scan_states else tile.warps}
-        return f"{kernel.__name__} {label}[{dim}{' packed' if varlen else ''}]", kernel, signature, values, launch
-
-    forward: dict[str, Any] = {"REVERSE": False, "TRANSPOSED": False, "ENTRY": 0, "SAVING": True, "LEAVING": False}
-    spans: dict[str, Any] = {"REVERSE": False, "TRANSPOSED": True, "ENTRY": 2, "SAVING": False, "LEAVING": False}
-    reverse: dict[str, Any] = {"REVERSE": True, "TRANSPOSED": True, "ENTRY": 0, "SAVING": False, "LEAVING": False}
-    cases = [case(sweep, "of spans ", 128, **spans), case(sweep, "", 128, varlen=True, **forward)]
-    for dim in (64, 128, 256):
-        cases += [case(sweep, "", dim, **forward), case(sweep, "reverse ", dim, **reverse)]
-    cases += [
-        case(local_states, "", 128, REVERSE=False, LEAVING=False),
-        case(local_states, "", 256, REVERSE=True, LEAVING=True),
-    ]
-    return [*cases, case(scan_states, "", 128, varlen=True, REVERSE=False, INITIAL=True, LEAVING=False, STAGES=8)]
