@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Set up .venv if need be, then lint, type-check, compile the Triton kernels (no GPU needed) and test. Arguments go to pytest,
 # e.g. `tests/run.sh tests/unit/data`, `tests/run.sh -n 0 --pdb` (without -n 0 the tests run in a process per core).
+# Where CI=true, root and apt-get allow it, bubblewrap is installed for the sandbox suite; a line at the end says if that did not run.
 # Every step runs; the exit code is non-zero if any failed. The tests run on the CPU, GPU or not; without arguments and where
 # there is a GPU, tests/gpu/run.sh follows.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh
+# shellcheck source=tests/bubblewrap.sh
+source tests/bubblewrap.sh
+install_bubblewrap
 
 failed=()
 step() { # step NAME COMMAND...
@@ -54,6 +58,7 @@ if (($# == 0)) && "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_av
     step "pytest on the GPU" env PYTHON="$PYTHON" bash tests/gpu/run.sh
 fi
 
+report_sandbox "$PYTHON"
 if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2
     exit 1

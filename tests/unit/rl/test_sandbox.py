@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -20,10 +21,75 @@ from megatron_m1.rl.rewards.seccomp import filter_program
 from tests.unit.rl import sandbox_escapes
 from tests.unit.rl.sandbox_escapes import CASES, LIMITS, SECRET, judge
 
+ROOT = Path(__file__).parents[3]
 FAULTS = probe_sandbox()
 if FAULTS:
     warnings.warn(f"The sandbox suite does NOT RUN here and has NOT PASSED: {'; '.join(FAULTS)}", stacklevel=1)
 needs_sandbox = pytest.mark.skipif(bool(FAULTS), reason=f"NOT RUN, NOT PASSED, no sandbox: {'; '.join(FAULTS)}")
+
+
+def test_on_ci_a_skipped_suite_is_a_failed_one():
+    if os.environ.get("CI") == "true" and shutil.which("bwrap"):
+        assert not FAULTS, "bubblewrap is there, but makes no sandbox"
+
+
+class TestTheRunner:
+    """tests/bubblewrap.sh with a PATH of its own: no bwrap, an apt-get that writes down what it was asked."""
+
+    APT = '#!/bin/bash\necho "$@" >>log\n[[ "$*" == *update* ]] || {install}\n'
+
+    def run(self, folder: Path, *, install: str | None, ci: str = "true", user: int = 0) -> tuple[str, list[str]]:
+        scripts = {"id": f"#!/bin/bash\necho {user}\n"}
+        if install is not None:
+            scripts["apt-get"] = self.APT.replace("{install}", install)
+        for name, script in scripts.items():
+            (folder / name).write_text(script)
+            (folder / name).chmod(0o755)
+        for name in ("env", "timeout", "bash", "cp", "chmod"):
+            (folder / name).symlink_to(shutil.which(name))
+        steps = f"set -euo pipefail; source {ROOT}/tests/bubblewrap.sh; install_bubblewrap; echo tests; report_sandbox {sys.executable}"
+        done = subprocess.run(
+            [shutil.which("bash"), "-c", steps],
+            cwd=folder,
+            env={"PATH": str(folder), "CI": ci},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        asked = (folder / "log").read_text().splitlines() if (folder / "log").exists() else []
+        return done.stdout, asked
+
+    MISSING = "sandbox suite: NOT RUN, NOT PASSED (bubblewrap is missing: apt-get install bubblewrap)"
+
+    def test_ci_installs_it_and_goes_on_if_that_fails(self, tmp_path):
+        shown, asked = self.run(tmp_path, install="exit 100")
+        assert ["install" in line for line in asked] == [True, False, True] and "update" in asked[1]
+        assert shown.splitlines() == [
+            "== bubblewrap", "apt-get install bubblewrap failed; the tests go on without it", "tests", self.MISSING,
+        ]  # fmt: skip
+
+    def test_a_bwrap_that_makes_no_sandbox_is_no_pass(self, tmp_path):
+        shown, asked = self.run(tmp_path, install="{ cp id bwrap; }")
+        assert len(asked) == 1 and "failed" not in shown
+        assert shown.splitlines()[-1].startswith("sandbox suite: NOT RUN, NOT PASSED (a program did not run in bwrap")
+
+    @pytest.mark.parametrize("how", [{"ci": ""}, {"user": 1000}, {"install": None}])
+    def test_elsewhere_nothing_is_installed_and_the_last_line_says_so(self, tmp_path, how):
+        shown, asked = self.run(tmp_path, **({"install": "exit 1"} | how))
+        assert asked == [] and shown.splitlines() == ["tests", self.MISSING]
+
+    @needs_sandbox
+    def test_where_it_runs_nothing_is_said(self, tmp_path):
+        (tmp_path / "bwrap").symlink_to(shutil.which("bwrap"))
+        assert self.run(tmp_path, install="exit 1") == ("tests\n", [])
+
+    def test_the_tests_run_between_the_two(self):
+        script = (ROOT / "tests/run.sh").read_text()
+        places = [
+            script.index(part) for part in ("\ninstall_bubblewrap\n", 'step "pytest"', '\nreport_sandbox "$PYTHON"\n')
+        ]
+        assert places == sorted(places)
+
 
 SOUND = {
     "namespaces": {"net": "net:[2]", "pid": "pid:[2]"},
