@@ -18,6 +18,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RLConfig",
+    "RewardConfig",
     "ScheduleConfig",
     "TaskSource",
     "TrainingConfig",
@@ -254,7 +255,7 @@ class TaskSource:
 
     kind: Literal["sort", "addition", "reasoning_gym", "file"]
     """`sort`, `addition`: made up as they are needed, see rl/tasks.py. `reasoning_gym`: a data set of that package. `file`: JSON
-    lines {"prompt", "reward", "task"}, the reward one of exact, format, math, logic, code."""
+    lines {"prompt", "reward", "task"}, the reward one of exact, format, math, logic, code and the names in `rl.rewards`."""
     weight: float = 1.0
     """Share of the prompts, relative to the other sources."""
     size: int = 4
@@ -267,6 +268,23 @@ class TaskSource:
     """`file`: the training file."""
     held_out_path: str | None = None
     """`file`: the held-out file."""
+    reward: str | None = None
+    """Reward by which all of this source is judged. None: `exact` for what is made up, `logic` for `reasoning_gym`, that of each line
+    for `file`."""
+
+
+@dataclass
+class RewardConfig:
+    """A reward by a name of your own: a class (`target`), or others combined (`product` or `weights`)."""
+
+    target: str | None = None
+    """package.module:Class, a plug-in as rl/rewards/protocol.py describes it; or a built-in name, to give that one options."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keywords of the class: JSON values."""
+    product: list[str] = field(default_factory=list)
+    """Names of rewards that are multiplied, such as [format, math]."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Names of rewards that are added up with these weights, such as {math: 0.9, format: 0.1}. (Held-out answers count as right at 1.)"""
 
 
 @dataclass
@@ -357,6 +375,8 @@ class RLConfig:
     """Responses that ended so: as `truncated`."""
     overlong_tokens: int = 0
     """DAPO's soft penalty on the last so many tokens before `max_new_tokens`; 0: none."""
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    """Rewards beside the built-in ones, for `tasks[].reward` and the lines of task files."""
     reward_workers: int = 2
     """Processes that judge what one data-parallel rank has generated."""
     reward_timeout_s: float = 10.0
