@@ -138,9 +138,10 @@ def _check_file(path: str) -> None:
 
 
 def _walk_mapping(content: dict, prefix: str) -> Iterator[str]:
+    """Every dotted key, but those of mappings whose keys are names of the user's."""
     for key, value in content.items():
         yield f"{prefix}{key}"
-        if isinstance(value, dict):
+        if isinstance(value, dict) and typing.get_origin(known_keys().get(f"{prefix}{key}")) is not dict:
             yield from _walk_mapping(value, f"{prefix}{key}.")
 
 
