@@ -75,7 +75,7 @@ def test_456b_presets_are_complete_without_a_script(stage, micro_batches):
     "launcher, nodes, length, tokens, theta, context",
     [
         ("slurm", 32, "32k", 2**15, "1000000.0", 4),
-        ("torchrun", 64, "128k", 2**17, "5000000.0", 8),
+        ("torchrun", 64, "128k", 2**17, "5000000.0", 16),
         ("slurm", 32, "512k", 2**19, "10000000.0", 16),
         ("torchrun", 32, "1m", 2**20, "10000000.0", 32),
         ("slurm", 64, "1m", 2**20, "10000000.0", 32),
