@@ -145,7 +145,7 @@ def bytes_part(arguments: argparse.Namespace) -> dict[str, Any]:
     wrong: list[str] = []
     print("\nMiB sent per rank and layer of M1: counted (the busiest rank), and by formula; gloo")
     print(
-        f"{'layer':14} {'W':>2} {'N':>9} {'method':>19} {'left out':>8} {'forward':>8} {'backward':>8} {'formula':>17}"
+        f"{'layer':15} {'W':>2} {'N':>9} {'method':>19} {'left out':>8} {'forward':>8} {'backward':>8} {'formula':>17}"
     )
     with RankPool(max(arguments.worlds)) as pool:
         for world in arguments.worlds:
@@ -156,7 +156,7 @@ def bytes_part(arguments: argparse.Namespace) -> dict[str, Any]:
                 formula = f"{max(case.forward) / MILLION:.3f} / {max(case.backward) / MILLION:.3f}"
                 left_out = "-" if case.left_out is None else f"{case.left_out} of {case.shape.heads}"
                 print(
-                    f"{case.layer:14} {world:2} {case.shape.tokens:9,} {case.name:>19} {left_out:>8} "
+                    f"{case.layer:15} {world:2} {case.shape.tokens:9,} {case.name:>19} {left_out:>8} "
                     f"{forward / MILLION:8.3f} {backward / MILLION:8.3f} {formula:>17}"
                 )
     print(f"{len(wrong)} mismatches in {len(rows)} cases, each on every rank, forward and backward")
