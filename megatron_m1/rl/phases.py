@@ -38,10 +38,11 @@ class Phases:
     def report(self) -> dict[str, float]:
         """`seconds_NAME` of what was measured, means over the ranks, and `idle_share` of their sum. Collective over the world; starts
         anew."""
-        values = torch.tensor(list(self.seconds.values()), dtype=torch.float64, device=platform.device())
+        seconds = self.seconds | {"idle": self.seconds.pop("idle")}  # the last one
+        values = torch.tensor(list(seconds.values()), dtype=torch.float64, device=platform.device())
         dist.all_reduce(values)
         values /= dist.get_world_size()
-        figures = {f"seconds_{name}": value for name, value in zip(self.seconds, values.tolist(), strict=True)}
+        figures = {f"seconds_{name}": value for name, value in zip(seconds, values.tolist(), strict=True)}
         figures["idle_share"] = figures["seconds_idle"] / max(sum(figures.values()), 1e-9)
         self.seconds = {"idle": 0.0}
         return figures

@@ -1,35 +1,42 @@
 """The rl command: a policy that learns from a supervised start, and a run that kill -9 does not change."""
 
 import contextlib
+import errno
 import json
 import math
 import os
 import pty
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import pytest
 import torch
 
 from megatron_m1.checkpoint.native import load_checkpoint, save_checkpoint
-from megatron_m1.config import Config, from_yaml, to_yaml
-from megatron_m1.config.schema import CheckpointConfig
+from megatron_m1.config import Config, ConfigError, from_yaml, load_config, to_yaml
+from megatron_m1.config.schema import CheckpointConfig, ModelConfig
 from megatron_m1.data.tokenizer import Tokenizer
 from megatron_m1.data.train_tokenizer import train_tokenizer
 from megatron_m1.engine.trainer import Trainer
 from megatron_m1.parallel import destroy_groups, init_groups
-from megatron_m1.rl.journal import read_journal
+from megatron_m1.rl.journal import Journal, read_journal
 from megatron_m1.rl.loop import main
 from megatron_m1.rl.packing import pack_samples
+from megatron_m1.rl.rewards.pool import RewardPool
+from megatron_m1.rl.rewards.protocol import RewardRequest, RewardResult
 from megatron_m1.rl.samples import Sample
 from megatron_m1.rl.schedule import PassRates
+from megatron_m1.rl.step_journal import StepJournal
 from megatron_m1.rl.tasks import TaskMix, prompt_id
 from megatron_m1.rl.update import PolicyBatch, UpdateResult
 from tests.e2e.pretrain_jobs import ROOT, environment
@@ -40,9 +47,12 @@ SAMPLES = 64
 """Of one generation batch: 8 prompts x 8."""
 
 
-def supervised_start(rank: int, world: int, folder: Path) -> None:
+def supervised_start(
+    rank: int, world: int, folder: Path, model: ModelConfig | None = None, precision: Literal["fp32", "bf16"] = "fp32"
+) -> None:
     """folder/rl.yaml, folder/tokenizer and folder/start: a policy that has seen digits in rising and in falling order."""
     config = tiny_config(samples_per_prompt=8, updates_per_batch=4, held_out_prompts=48, reward_workers=1)
+    config.model, config.training.precision = model or config.model, precision
     (folder / "text.txt").write_text("sort 123:123\n")
     train_tokenizer([str(folder / "text.txt")], folder / "tokenizer", vocab_size=257, globs=["*.txt"])
     config.data.tokenizer = str(folder / "tokenizer")
@@ -158,7 +168,10 @@ SCHEDULED = {
     "rl__refills": 1,
     # Two batches of any lengths and perplexity move the window on: the third has the second one.
     "rl__max_new_tokens": 3,
-    "rl__windows": [{"max_new_tokens": 2, "is_weight_cap": 2.0, "clip_grad": 0.5}, {"max_new_tokens": 3}],
+    "rl__windows": [
+        {"max_new_tokens": 2, "is_weight_cap": 2.0, "clip_grad": 0.5},
+        {"max_new_tokens": 3, "is_weight_cap": 0.9},
+    ],
     "rl__window_patience": 2,
     "rl__window_tolerance": 1e3,
     "rl__window_near_share": 1e-9,
@@ -235,7 +248,8 @@ def test_a_run_that_is_ended_goes_on_with_the_same_bits(folder, whole, ranks):
     assert "stopping in step 2, whose finished samples are in the journal: SIGTERM" in said
     assert (folder / "ended/save/latest").read_text().strip() == "step_00000001"
     before[2] = {r["number"] for r in sampled(journals[0])}
-    signalled(folder, "ended", signal.SIGKILL, step=3, samples=10, **SCHEDULED)
+    said = signalled(folder, "ended", signal.SIGKILL, step=3, samples=10, **SCHEDULED)
+    assert "window of 3 tokens from step 3 on" in said and "warning: is_weight_cap=0.9 is below 1" in said
     assert (folder / "ended/save/latest").read_text().strip() == "step_00000002"
     before[3] = {r["number"] for r in sampled(journals[1])}
     ranks(1, rl_rank, options(folder, "ended", resume=True, **SCHEDULED), timeout_s=120)
@@ -265,6 +279,16 @@ def dies_between_updates(rank: int, world: int, argv: list[str]) -> None:
     destroy_groups()
 
 
+def judges_nothing(rank: int, world: int, argv: list[str]) -> None:
+    """The rl command with verifiers that would now say something else."""
+
+    def score(self: RewardPool, requests: list[RewardRequest]) -> list[RewardResult]:
+        return [RewardResult(None, "judged twice", 0.0) for _ in requests]
+
+    with mock.patch.object(RewardPool, "score", score):
+        main(argv)
+
+
 def test_a_run_that_dies_between_two_updates_goes_on_with_the_same_bits(folder, whole, ranks):
     run = folder / "died"
     shutil.copytree(folder / "whole", run)
@@ -274,10 +298,210 @@ def test_a_run_that_dies_between_two_updates_goes_on_with_the_same_bits(folder, 
     (run / "log/metrics.jsonl").unlink()
     ranks(1, dies_between_updates, options(folder, "died", resume=True, **SCHEDULED), timeout_s=120)
     assert metrics(folder, "died") == {} and not (run / "save/step_00000003").exists()
-    ranks(1, rl_rank, options(folder, "died", resume=True, **SCHEDULED), timeout_s=120)
+    ranks(1, judges_nothing, options(folder, "died", resume=True, **SCHEDULED), timeout_s=120)
     assert metrics(folder, "died") == {3: whole[3]}
     last = [json.loads(line) for line in (run / "log/metrics.jsonl").read_text().splitlines()][-1]
     assert last["from_journal"] == whole[3]["sampled"]
+
+
+KILLED = """
+import os, signal, sys
+from megatron_m1.rl.step_journal import StepJournal
+
+add, left = StepJournal.add_sample, [int(sys.argv[1])]
+
+def counted(self, sample):
+    add(self, sample)
+    left[0] -= self.weights.startswith("1-")  # those of the second step
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+StepJournal.add_sample = counted
+from megatron_m1.rl.loop import main
+main(sys.argv[2:])
+"""
+FAST = {
+    "training__steps": 2,
+    "rl__updates_per_batch": 2,
+    "rl__held_out_prompts": 0,
+    "rl__refills": 1,
+    "rl__slots": 8,
+    "rl__pages": "false",
+}
+
+
+def killed(folder: Path, run: str, *, world: int, samples: int, **values: object) -> None:
+    """A run whose ranks each die of SIGKILL when they have so many samples of the second step."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    argv = [sys.executable, "-c", KILLED, str(samples), *options(folder, run, **values)]
+    started = [
+        subprocess.Popen(argv, cwd=ROOT, env=environment() | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
+    try:
+        codes = [rank.wait(timeout=120) for rank in started]
+    finally:
+        for rank in started:
+            rank.kill()
+            rank.wait()
+    assert codes == [-signal.SIGKILL] * world
+
+
+@pytest.mark.parametrize("world", [1, 2], ids=["one rank", "DP2"])
+def test_the_fast_engine_goes_on_with_the_same_bits(folder, ranks, world):
+    """Finished samples leave other ones for each pass of the resumed run, and for each replica."""
+    runs = f"fast{world}", f"killed{world}"
+    ranks(world, rl_rank, options(folder, runs[0], **FAST), timeout_s=120)
+    killed(folder, runs[1], world=world, samples=9, **FAST)
+    assert (folder / runs[1] / "save/latest").read_text().strip() == "step_00000001"
+    ranks(world, rl_rank, options(folder, runs[1], resume=True, **FAST), timeout_s=120)
+    whole, resumed = (metrics(folder, run) for run in runs)
+    assert whole == resumed and whole[2]["updates"] == 2 and whole[2]["off_policy_share"] > 0
+    lines = (folder / runs[1] / "log/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["from_journal"] == 9 * world < whole[2]["sampled"]
+    config = from_yaml(folder / "rl.yaml")
+    (a,), (b,) = (ranks(1, weights, config, folder / run / "save/step_00000002") for run in runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+EVALUATED = {
+    "training__steps": 2,
+    "rl__updates_per_batch": 1,
+    "training__global_batch": 32,
+    "rl__refills": 0,
+    "rl__held_out_prompts": 8,
+    "rl__held_out_every_steps": 1,
+    "rl__pages": "false",
+    "checkpoint__every_steps": 0,
+}
+
+
+def disturbed_evaluation(rank: int, world: int, argv: list[str], number: signal.Signals | None) -> None:
+    """The rl command that gets the signal, or without one dies, when it has 5 samples of the evaluation after step 1."""
+    add, kept = StepJournal.add_sample, []
+
+    def counted(self: StepJournal, sample: Sample) -> None:
+        add(self, sample)
+        if self.weights.startswith("1-") and sample.task.prompt in held_out_prompts:
+            kept.append(sample)
+        if len(kept) == 5 and number is None:
+            raise KeyboardInterrupt
+        if len(kept) == 5:
+            signal.raise_signal(number)
+
+    config = load_config(argv)
+    tasks = TaskMix(config.rl, seed=config.training.seed)
+    held_out_prompts = {tasks.task(n, held_out=True).prompt for n in range(config.rl.held_out_prompts)}
+    died = contextlib.nullcontext() if number else pytest.raises(KeyboardInterrupt)
+    with mock.patch.object(StepJournal, "add_sample", counted), died:
+        main(argv)
+    assert len(kept) == 5
+    if number is None:
+        destroy_groups()
+
+
+def counts_held_out_samples(rank: int, world: int, argv: list[str]) -> int:
+    """Samples that the rl command, asked for no further step, generates."""
+    add, kept = StepJournal.add_sample, []
+
+    def counted(self: StepJournal, sample: Sample) -> None:
+        add(self, sample)
+        kept.append(sample)
+
+    with mock.patch.object(StepJournal, "add_sample", counted):
+        main(argv)
+    return len(kept)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, None], ids=["SIGTERM", "death"])
+def test_an_evaluation_that_is_ended_costs_no_update_and_is_finished(folder, ranks, number):
+    run = "evaluation_" + ("signal" if number else "death")
+    # A death leaves what was saved before: so save after every step.
+    values = EVALUATED | ({} if number else {"checkpoint__every_steps": 1})
+    ranks(1, disturbed_evaluation, options(folder, run, **values), number, timeout_s=120)
+    assert held_out(folder, run).keys() == {0} and metrics(folder, run).keys() == {1}
+    assert (folder / run / "save/latest").read_text().strip() == "step_00000001"
+    one = values | {"training__steps": 1}
+    assert ranks(1, counts_held_out_samples, options(folder, run, resume=True, **one), timeout_s=120) == [8 * 4 - 5]
+    first = held_out(folder, run)
+    assert first.keys() == {0, 1}
+    # What is finished is not done again, only told again.
+    assert ranks(1, counts_held_out_samples, options(folder, run, resume=True, **one), timeout_s=120) == [0]
+    assert held_out(folder, run) == first
+    if number:
+        ranks(1, rl_rank, options(folder, "evaluated", **one), timeout_s=120)
+        assert held_out(folder, "evaluated") == first
+
+
+def broken_journal(rank: int, world: int, argv: list[str], how: str) -> str:
+    """The message that the rl command ends with where the second rank's disk is full, or the journals are as they are."""
+    append, kept = Journal.append, []
+
+    def full(self: Journal, record: dict) -> None:
+        kept.append(record)
+        if how == "full" and rank == 1 and len(kept) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, record)
+
+    with mock.patch.object(Journal, "append", full), pytest.raises(ConfigError) as error:
+        main(argv)
+    destroy_groups()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("full", r"rl\.journal: .*replica_00001.jsonl cannot be used: No space left on device; make room"),
+        ("locked", r"rl\.journal: another run writes to .*replica_00001.jsonl; end that run"),
+        ("damaged", r"rl\.journal: .*replica_00001.jsonl: record 0 .* is damaged .* move it away"),
+    ],
+)
+def test_a_journal_that_fails_on_one_rank_ends_all_with_one_message(folder, ranks, how, message):
+    values = EVALUATED | {"rl__held_out_prompts": 0}
+    path = folder / f"journal_{how}/journal/step_00000001.replica_00001.jsonl"
+    path.parent.mkdir(parents=True)
+    with contextlib.ExitStack() as held:
+        if how != "full":
+            journal = held.enter_context(Journal(path))
+            for number in range(2):
+                journal.append({"number": number, "weights": "none"})
+        if how == "damaged":
+            journal.close()
+            path.write_bytes(path.read_bytes().replace(b'"number":0', b'"number":7'))
+        told = ranks(2, broken_journal, options(folder, f"journal_{how}", **values), how, timeout_s=120)
+    assert len(set(told)) == 1 and re.search(message, told[0]), told
+
+
+def judges_slowly(rank: int, world: int, argv: list[str]) -> None:
+    score = RewardPool.score
+
+    def late(self: RewardPool, requests: list[RewardRequest]) -> list[RewardResult]:
+        if rank == 1:
+            time.sleep(2.0)
+        return score(self, requests)
+
+    with mock.patch.object(RewardPool, "score", late):
+        main(argv)
+
+
+def test_who_waits_for_a_slow_verifier_is_idle(folder, ranks):
+    ranks(2, judges_slowly, options(folder, "slow", **EVALUATED | {"rl__held_out_prompts": 0, "training__steps": 1}))
+    (line,) = [json.loads(x) for x in (folder / "slow/log/metrics.jsonl").read_text().splitlines() if '"step"' in x]
+    # Means of two ranks, of which one is late by 2 s and the other waits so long.
+    assert 1.0 <= line["seconds_reward"] < 1.6 and line["seconds_idle"] > 0.8
+    assert line["idle_share"] == pytest.approx(
+        line["seconds_idle"] / sum(value for key, value in line.items() if key.startswith("seconds_"))
+    )
+
+
+def test_old_journals_go_with_the_checkpoints_that_need_them(folder, ranks):
+    values = EVALUATED | {"training__steps": 3, "checkpoint__every_steps": 1, "checkpoint__keep": 1}
+    ranks(1, rl_rank, options(folder, "pruned", **values), timeout_s=120)
+    left = sorted(path.name.split(".")[0] for path in (folder / "pruned/journal").iterdir())
+    assert left == ["held_out_00000003"]
 
 
 def rl_rank_in_a_terminal(rank: int, world: int, argv: list[str]) -> str:
