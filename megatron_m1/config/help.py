@@ -27,6 +27,7 @@ MEGATRON_OPTIONS = {
     "global_batch_size": "training.global_batch",
     "init_method_std": "model.init_std",
     "kv_channels": "model.head_dim",
+    "decoder_last_pipeline_num_layers": "parallel.last_stage_layers",
     "log_interval": "logging.every_steps",
     "lr_decay_iters": "schedule.decay_steps",
     "lr_decay_style": "schedule.kind",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_m1.config.schema import Config, ParallelConfig
 
-__all__ = ["Derived", "derived", "head_chunk_tokens", "rank_groups"]
+__all__ = ["Derived", "chunk_layers", "derived", "head_chunk_tokens", "rank_groups"]
 
 _HEAD_CHUNK_BYTES = 2**31
 
@@ -22,7 +22,7 @@ class Derived:
     """Tensor-parallel ranks of one expert (ETP), `None` of the configuration resolved."""
     sequence_parallel: bool
     layers_per_chunk: int
-    """Layers of one model chunk: a pipeline stage, or its `virtual_pipeline`-th part."""
+    """Of the smallest model chunk: a pipeline stage, or its `virtual_pipeline`-th part."""
     micro_batches: int
     """Micro-batches per optimizer step and data-parallel rank at training.global_batch."""
 
@@ -38,9 +38,19 @@ def derived(config: Config, world_size: int) -> Derived:
         expert_data=world_size // (parallel.pipeline * parallel.expert * expert_tensor),
         expert_tensor=expert_tensor,
         sequence_parallel=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
-        layers_per_chunk=config.model.num_hidden_layers // (parallel.pipeline * parallel.virtual_pipeline),
+        layers_per_chunk=min(chunk_layers(config)),
         micro_batches=training.global_batch // max(training.micro_batch * data, 1),
     )
+
+
+def chunk_layers(config: Config) -> list[int]:
+    """Layers of a model chunk on every pipeline rank, first to last."""
+    parallel, layers = config.parallel, config.model.num_hidden_layers
+    others, chunks = parallel.pipeline - 1, parallel.virtual_pipeline
+    if parallel.last_stage_layers is None or not others:
+        return [layers // (parallel.pipeline * chunks)] * parallel.pipeline
+    last = parallel.last_stage_layers
+    return [*[(layers - last) // (others * chunks)] * others, last // chunks]
 
 
 def head_chunk_tokens(config: Config) -> int:

@@ -98,6 +98,8 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int = 1
     """Model chunks per pipeline rank (interleaved schedule); 1: plain 1F1B."""
+    last_stage_layers: int | None = None
+    """Layers of the last pipeline rank, which also has the head; the others share the rest equally. None: all have the same."""
     context: int = 1
     """Ranks over which each sequence is spread, in zig-zag order."""
     context_layout: Literal["sequence", "document"] = "sequence"

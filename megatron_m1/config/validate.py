@@ -198,6 +198,8 @@ def _pipeline(config: Config) -> Iterator[str]:
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline above 1; "
             "set parallel.virtual_pipeline=1 or raise parallel.pipeline."
         )
+    elif parallel.last_stage_layers is not None:
+        yield from _last_stage(config)
     elif layers % parallel.pipeline:
         remedy = _divisors(layers)
         yield f"parallel.pipeline={parallel.pipeline} must divide model.num_hidden_layers={layers}; use {remedy}."
@@ -206,6 +208,24 @@ def _pipeline(config: Config) -> Iterator[str]:
         yield (
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} must divide the {per_stage} layers of a pipeline "
             f"stage (model.num_hidden_layers={layers}, parallel.pipeline={parallel.pipeline}); use {_divisors(per_stage)}."
+        )
+
+
+def _last_stage(config: Config) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_hidden_layers
+    chunks, others = parallel.virtual_pipeline, parallel.pipeline - 1
+    given = f"parallel.last_stage_layers={parallel.last_stage_layers}"
+    if not others:
+        yield f"{given} needs parallel.pipeline above 1; leave it out, or raise parallel.pipeline."
+        return
+    usable = [last for last in range(chunks, layers, chunks) if (layers - last) % (others * chunks) == 0]
+    if parallel.last_stage_layers not in usable:
+        remedy = (
+            f"use one of {', '.join(map(str, usable))}" if usable else "change parallel.pipeline or virtual_pipeline"
+        )
+        yield (
+            f"{given} must leave the other {others} pipeline ranks equal parts of model.num_hidden_layers={layers}, each rank's in "
+            f"parallel.virtual_pipeline={chunks} equal chunks; {remedy}."
         )
 
 

@@ -36,6 +36,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "TP2 without SP, EP1, ETP1": (2, {"tensor": 2, "expert_tensor": 1, "sequence": False}, {}),
     "PP2": (2, {"pipeline": 2}, {}),
     "PP2, VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+    "PP2, last stage of 1 layer": (2, {"pipeline": 2, "last_stage_layers": 1}, {}),
+    "PP3, last stage of 2 layers": (3, {"pipeline": 3, "last_stage_layers": 2}, {}),
     "EP2": (2, {"expert": 2}, {}),
     "EP2, all-gather dispatcher": (2, {"expert": 2}, {"dispatcher": "allgather"}),
     "ETP2": (2, {"expert_tensor": 2}, {}),

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from megatron_m1.config.layout import derived, head_chunk_tokens
+from megatron_m1.config.layout import chunk_layers, derived, head_chunk_tokens
 from megatron_m1.config.schema import Config
 from megatron_m1.engine.context_exchange import keeps_attention, key_value_exchange, rank_tokens, state_exchange
 from megatron_m1.engine.flops import layer_parameters
@@ -74,10 +74,9 @@ def estimate_memory(config: Config, world_size: int, *, document_tokens: int | N
 
 def stage_layers(config: Config, stage: int) -> list[int]:
     """Global 0-based layers of pipeline rank `stage`, in the order of its chunks."""
-    parallel = config.parallel
-    per_chunk = derived(config, 1).layers_per_chunk
-    firsts = [(chunk * parallel.pipeline + stage) * per_chunk for chunk in range(parallel.virtual_pipeline)]
-    return [first + i for first in firsts for i in range(per_chunk)]
+    counts = chunk_layers(config)
+    firsts = [chunk * sum(counts) + sum(counts[:stage]) for chunk in range(config.parallel.virtual_pipeline)]
+    return [first + i for first in firsts for i in range(counts[stage])]
 
 
 def head_chunks(config: Config) -> int:

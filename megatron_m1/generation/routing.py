@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -57,10 +58,10 @@ class RoutingRecord:
         pp = self.groups.pp
         if pp.size() == 1:
             return local.to(torch.int16).cpu()
-        stages = gathered(local, pp)
-        numbers = torch.tensor([layer.layer_number for layer in self.layers], device=local.device)
-        order = gathered(numbers, pp).flatten().argsort()
-        return stages.movedim(0, 1).flatten(1, 2)[:, order].to(torch.int16).cpu()
+        table = local.new_zeros(len(local), self.layers[0].config.num_layers, local.shape[-1])
+        table[:, [layer.layer_number - 1 for layer in self.layers]] = local
+        dist.all_reduce(table, group=pp)
+        return table.to(torch.int16).cpu()
 
     def _hook(self, layer_number: int, router: torch.nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
         probs, chosen = output

@@ -68,6 +68,7 @@ def core_config(config: Config) -> M1TransformerConfig:
         sequence_parallel=parallel.tensor > 1 if parallel.sequence is None else parallel.sequence,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.tensor if parallel.expert_tensor is None else parallel.expert_tensor,

@@ -60,6 +60,7 @@ def test_other_layouts_continue_the_trajectory(ranks, tmp_path):
         (4, TP2_PP2),
         (2, {"expert": 2}),
         (1, {"distributed_optimizer": False}),
+        (3, {"pipeline": 3, "last_stage_layers": 2}),
         (2, {"pipeline": 2}),
         (4, TP2_PP2),
     ]

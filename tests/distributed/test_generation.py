@@ -67,6 +67,7 @@ LAYOUTS = {
     "TP2": (2, {"tensor": 2}),
     "PP2": (2, {"pipeline": 2}),
     "PP4": (4, {"pipeline": 4}),
+    "PP3, last stage of 2 layers": (3, {"pipeline": 3, "last_stage_layers": 2}),
     "EP2": (2, {"expert": 2}),
     "TP2 ETP1": (2, {"tensor": 2, "expert_tensor": 1}),
     "TP2 EP2 ETP1": (2, {"tensor": 2, "expert": 2, "expert_tensor": 1}),
@@ -339,7 +340,8 @@ def routing_of_training(rank: int, world: int, requests: list[Request], results:
 
 
 @pytest.mark.parametrize(
-    ("world", "parallel"), [(1, {}), (2, {"pipeline": 2}), (2, {"tensor": 2, "expert": 2, "expert_tensor": 1})]
+    ("world", "parallel"),
+    [(1, {}), (2, {"pipeline": 2, "last_stage_layers": 3}), (2, {"tensor": 2, "expert": 2, "expert_tensor": 1})],
 )
 def test_routing_is_that_of_training(ranks, groups_alone, world, parallel):
     requests = groups_alone[0][:3] + requests_of(PROMPTS, DRAWN)

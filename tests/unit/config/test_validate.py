@@ -46,6 +46,18 @@ BROKEN = [
     (1, "parallel.sequence=true", "parallel.sequence=true needs parallel.tensor above 1"),
     (3, "parallel.pipeline=3", "parallel.pipeline=3 must divide model.num_hidden_layers=8; use 1, 2, 4 or 8."),
     (2, "parallel.pipeline=2 parallel.virtual_pipeline=3", "must divide the 4 layers of a pipeline stage"),
+    (1, "parallel.last_stage_layers=3", "parallel.last_stage_layers=3 needs parallel.pipeline above 1; leave it out"),
+    (
+        3,
+        "parallel.pipeline=3 parallel.last_stage_layers=3",
+        "parallel.last_stage_layers=3 must leave the other 2 pipeline ranks equal parts of model.num_hidden_layers=8, each rank's in "
+        "parallel.virtual_pipeline=1 equal chunks; use one of 2, 4, 6.",
+    ),
+    (
+        2,
+        "parallel.pipeline=2 parallel.virtual_pipeline=2 parallel.last_stage_layers=3 training.global_batch=8",
+        "parallel.virtual_pipeline=2 equal chunks; use one of 2, 4, 6.",
+    ),
     (1, "parallel.virtual_pipeline=2", "parallel.virtual_pipeline=2 needs parallel.pipeline above 1"),
     (
         2,

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_m1.config import Config, from_yaml, load_config
 from megatron_m1.config.layout import head_chunk_tokens
 from megatron_m1.config.schema import ParallelConfig, TrainingConfig
 from megatron_m1.engine.memory import estimate_memory, head_chunks, stage_layers
+from megatron_m1.model.transformer_config import core_config
 
 GIB = 2**30
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -199,6 +202,23 @@ def test_recomputation_and_sequence_parallelism_save_activations():
 def test_stages_of_the_interleaved_schedule():
     config = tiny(pipeline=2, virtual_pipeline=2)
     assert stage_layers(config, 0) == [0, 1, 4, 5] and stage_layers(config, 1) == [2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("pipeline, chunks, last", [(2, 1, 1), (3, 1, 2), (3, 1, 6), (2, 2, 2), (4, 1, 2), (4, 2, 2)])
+def test_layers_of_a_smaller_last_stage_are_where_core_puts_them(pipeline, chunks, last):
+    config = tiny(pipeline=pipeline, virtual_pipeline=chunks, last_stage_layers=last)
+    core = core_config(config)
+    stages = []
+    for stage in range(pipeline):
+        places = [
+            (get_transformer_layer_offset(core, chunk, stage), get_num_layers_to_build(core, chunk, stage))
+            for chunk in range(chunks)
+        ]
+        stages.append(stage_layers(config, stage))
+        assert stages[-1] == [first + i for first, count in places for i in range(count)]
+    assert len(stages[-1]) == last and sorted(layer for layers in stages for layer in layers) == list(
+        range(config.model.num_hidden_layers)
+    )
 
 
 def test_what_the_update_holds_beside_the_state():
