@@ -57,7 +57,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # Megatron-Core asks for one connection with sequence parallelism, so that communication starts in launch order.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-# How long torchrun waits on SIGTERM for the end of the step (up to 2,349 s by the estimate) and the checkpoint.
+# How long torchrun waits on SIGTERM for the end of the step (by the estimate over half an hour at 1M) and the checkpoint.
 if [[ "$("$PYTHON" -m torch.distributed.run --help)" == *--shutdown-timeout* ]]; then
     LAUNCH_ARGS+=(--shutdown-timeout "${SHUTDOWN_TIMEOUT_S:-5400}")
 else
