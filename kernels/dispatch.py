@@ -94,6 +94,8 @@ def lightning_attention(
 
     Accumulates in float32 (float64 for fp64 inputs), states included. Differentiable in q, k, v and
     initial_state, from gradients of o and of final_state. Tensors are local; nothing communicates.
+    float16 on the Triton kernels: products q.k, those of the backward likewise, and states are operands in float16, so that one beyond
+    65504 makes infinities even where o itself would fit. bfloat16 and the torch path have the range of float32.
     What a document's neighbours hold, NaN included, cannot change one bit of its results, and repeated runs are bitwise
     equal. Under a named strategy a packed document equals the same one alone, and a prefill resumed at a multiple of
     `triton_attention.CHUNK` ("segmented": of `SEGMENT`) the whole one, bit for bit; else to tolerance (2e-6 relative RMS per

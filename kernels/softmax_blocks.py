@@ -31,6 +31,7 @@ def softmax_attention_forward(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    cudnn: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, Hq, D] in the dtype of q, and lse [B, Hq, T], the natural logarithm of each query's sum of exponentials.
 
@@ -40,11 +41,13 @@ def softmax_attention_forward(
     cu_seqlens_q, cu_seqlens_k: int32 [S+1], both or neither: documents of a pack with B = 1; each that has queries has keys.
         Rows from cu_seqlens[-1] on are padding: not read, zero output, lse -inf. Read on the host, except where the varlen flash
         kernel runs and max_seqlen_q and max_seqlen_k (the longest document's) are given.
-    CPU: PyTorch's flash kernel. CUDA: for half precision with D a multiple of 8 up to 256 flash, varlen for packs, and
-    cuDNN's kernel for long blocks on Hopper and newer; else plain matrix products in slabs of queries.
+    cudnn: dense blocks of at least CUDNN_TOKENS queries and keys go to cuDNN's kernel in place of flash where it takes them, on
+        Hopper and newer. It has not run yet, so nothing asks for it but its test (`tests/gpu/test_softmax_attention.py`).
+    CPU: PyTorch's flash kernel. CUDA: for half precision with D a multiple of 8 up to 256 flash, varlen for packs; else plain
+    matrix products in slabs of queries.
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return _dense_forward(q, k, v, scale, causal)
+        return _dense_forward(q, k, v, scale, causal, cudnn)
     if _flash_on_cuda(q):
         longest = longest_document(cu_seqlens_q, max_seqlen_q), longest_document(cu_seqlens_k, max_seqlen_k)
         o, lse = _flash_cuda_forward(q[0], k[0], v[0], scale, causal, (cu_seqlens_q, cu_seqlens_k, *longest))
@@ -70,6 +73,7 @@ def softmax_attention_backward(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of this block, shaped and typed like q, k, v; zero in padding.
 
@@ -77,7 +81,7 @@ def softmax_attention_backward(
     do [B, T, Hq, D]: gradient of that o. The rest as for softmax_attention_forward.
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return _dense_backward(do, q, k, v, o, lse, scale, causal)
+        return _dense_backward(do, q, k, v, o, lse, scale, causal, cudnn)
     if _flash_on_cuda(q):
         longest = longest_document(cu_seqlens_q, max_seqlen_q), longest_document(cu_seqlens_k, max_seqlen_k)
         pack = cu_seqlens_q, cu_seqlens_k, *longest
@@ -104,47 +108,49 @@ def merge_attention(o: Tensor, lse: Tensor, block_o: Tensor, block_lse: Tensor) 
     return torch.lerp(o, block_o.to(o.dtype), share), torch.logaddexp(lse, block_lse)
 
 
-def _dense_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _dense_forward(q, k, v, scale: float, causal: bool, cudnn: bool = False) -> tuple[Tensor, Tensor]:
     before = k.shape[1] - q.shape[1]
     if not causal or before == 0 or q.shape[1] == 1:
-        return _block_forward(q, k, v, scale, causal and before == 0)
-    o, lse = _block_forward(q, k[:, :before], v[:, :before], scale, False)
-    diagonal = _block_forward(q, k[:, before:], v[:, before:], scale, True)
+        return _block_forward(q, k, v, scale, causal and before == 0, cudnn)
+    o, lse = _block_forward(q, k[:, :before], v[:, :before], scale, False, cudnn)
+    diagonal = _block_forward(q, k[:, before:], v[:, before:], scale, True, cudnn)
     merged, lse = merge_attention(o.to(lse.dtype), lse, *diagonal)
     return merged.to(q.dtype), lse
 
 
-def _dense_backward(do, q, k, v, o, lse, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _dense_backward(
+    do, q, k, v, o, lse, scale: float, causal: bool, cudnn: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     before = k.shape[1] - q.shape[1]
     if not causal or before == 0 or q.shape[1] == 1:
-        return _block_backward(do, q, k, v, o, lse, scale, causal and before == 0)
-    first = _block_backward(do, q, k[:, :before], v[:, :before], o, lse, scale, False)
-    second = _block_backward(do, q, k[:, before:], v[:, before:], o, lse, scale, True)
+        return _block_backward(do, q, k, v, o, lse, scale, causal and before == 0, cudnn)
+    first = _block_backward(do, q, k[:, :before], v[:, :before], o, lse, scale, False, cudnn)
+    second = _block_backward(do, q, k[:, before:], v[:, before:], o, lse, scale, True, cudnn)
     return first[0] + second[0], torch.cat([first[1], second[1]], 1), torch.cat([first[2], second[2]], 1)
 
 
-def _block_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def _block_forward(q, k, v, scale: float, causal: bool, cudnn: bool) -> tuple[Tensor, Tensor]:
     """Either all keys for every query, or as many keys as queries and the causal triangle."""
     if q.device.type == "cpu":
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
         )
         return o.transpose(1, 2), lse
-    if _cudnn_takes(q, k, v, causal):
+    if cudnn and _cudnn_takes(q, k, v, causal):
         return _cudnn_forward(q, k, v, scale, causal)
     if _flash_on_cuda(q):
         return _flash_cuda_forward(q, k, v, scale, causal, None)
     return _plain_forward(q, k, v, scale, causal)
 
 
-def _block_backward(do, q, k, v, o, lse, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _block_backward(do, q, k, v, o, lse, scale: float, causal: bool, cudnn: bool) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu":
         heads_first = (x.transpose(1, 2) for x in (do, q, k, v, o))
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *heads_first, lse, 0.0, causal, scale=scale
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-    if _cudnn_takes(q, k, v, causal):
+    if cudnn and _cudnn_takes(q, k, v, causal):
         return _cudnn_backward(do, q, k, v, o, lse, scale, causal)
     if _flash_on_cuda(q):
         return _flash_cuda_backward(do, q, k, v, o, lse, scale, causal, None)

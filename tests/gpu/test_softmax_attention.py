@@ -92,9 +92,10 @@ def test_pack_in_half_precision_does_not_wait_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("cudnn", [False, True])
 @pytest.mark.parametrize("times", [1, 8])
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype: torch.dtype, times: int) -> None:
+def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype: torch.dtype, times: int, cudnn: bool) -> None:
     """A causal block, a full one over a part of the queries, and a pack with other lengths; long enough for cuDNN, or not."""
     n = [times * x for x in range(449)]
     q, k, v, do = make(n[192], n[448], 128, dtype)
@@ -115,7 +116,7 @@ def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype: torch.dtype, times: int
     assert dense == (times == 8 and dtype in (torch.bfloat16, torch.float16) and HOPPER)
     o = lse = None
     for rows, keys, options in blocks:
-        part = softmax_attention_forward(q[:, rows], k[:, keys], v[:, keys], scale=SCALE, **options)
+        part = softmax_attention_forward(q[:, rows], k[:, keys], v[:, keys], scale=SCALE, cudnn=cudnn, **options)
         if o is None:
             o, lse = part[0].to(part[1].dtype), part[1]
         else:
@@ -124,8 +125,9 @@ def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype: torch.dtype, times: int
     gradients = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
     for rows, keys, options in blocks:
         parts = softmax_attention_backward(
-            do[:, rows], q[:, rows], k[:, keys], v[:, keys], o[:, rows], lse[:, :, rows], scale=SCALE, **options
-        )
+            do[:, rows], q[:, rows], k[:, keys], v[:, keys], o[:, rows], lse[:, :, rows], scale=SCALE, cudnn=cudnn,
+            **options,
+        )  # fmt: skip
         for gradient, part, at in zip(gradients, parts, (rows, keys, keys)):
             gradient[:, at] += part
     assert_close([o, lse, *gradients], formula(q, k, v, do, visible), dtype)

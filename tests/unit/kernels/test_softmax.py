@@ -89,8 +89,9 @@ def test_cpu_runs_the_flash_kernel_without_copies(packed: bool) -> None:
 def kernel(request, monkeypatch) -> str:
     """CPU's flash kernel, and the matrix products that CUDA takes where flash cannot run, in slabs of a few queries."""
     if request.param == "plain":
-        monkeypatch.setattr(softmax_blocks, "_block_forward", softmax_blocks._plain_forward)
-        monkeypatch.setattr(softmax_blocks, "_block_backward", softmax_blocks._plain_backward)
+        forward, backward = softmax_blocks._plain_forward, softmax_blocks._plain_backward
+        monkeypatch.setattr(softmax_blocks, "_block_forward", lambda *x: forward(*x[:-1]))
+        monkeypatch.setattr(softmax_blocks, "_block_backward", lambda *x: backward(*x[:-1]))
         monkeypatch.setattr(softmax_blocks, "SCORES_AT_ONCE", 150)
     return request.param
 
@@ -169,6 +170,26 @@ def test_blocks_of_keys_merge_forward_and_backward(kernel) -> None:
     torch.testing.assert_close(sum(part[0] for part in parts), dq, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), dk, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(torch.cat([part[2] for part in parts], 1), dv, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_cudnn_runs_only_where_it_is_asked_for(asked: bool, monkeypatch) -> None:
+    """On blocks that seem to lie on a GPU and to be long enough; flash takes the others."""
+    taken = []
+
+    def passes(name: str, *results: str):
+        return lambda q, k, v, *rest: (taken.append(name), q, k, v)[1 : 1 + len(results)]
+
+    monkeypatch.setattr(softmax_blocks, "_cudnn_takes", lambda *x: True)
+    monkeypatch.setattr(softmax_blocks, "_flash_on_cuda", lambda q: True)
+    for kernel in ("cudnn", "flash_cuda"):
+        monkeypatch.setattr(softmax_blocks, f"_{kernel}_forward", passes(kernel, "o", "lse"))
+        monkeypatch.setattr(softmax_blocks, f"_{kernel}_backward", passes(kernel, "dq", "dk", "dv"))
+    x = torch.empty(1, 8, 2, 16, device="meta")
+    options = {"scale": SCALE, "causal": True, "cudnn": True} if asked else {"scale": SCALE, "causal": True}
+    softmax_attention_forward(x, x, x, **options)
+    softmax_attention_backward(x, x, x, x, x, x[..., 0], **options)
+    assert taken == (["cudnn"] if asked else ["flash_cuda"]) * 2
 
 
 def test_merging_into_rows_without_keys_takes_the_block() -> None:

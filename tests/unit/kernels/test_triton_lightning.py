@@ -352,6 +352,24 @@ def test_padding_of_a_packed_projection_is_never_read(implementation: str, edges
         assert poisoned.any() == (edges[-1] > 0)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("dtype, size", [(torch.float16, 6e4), (torch.float16, 7e4), (torch.bfloat16, 7e4)])
+@pytest.mark.parametrize("large", ["scores", "state"])
+def test_float16_holds_scores_and_states_up_to_its_own_limit(large: str, dtype: torch.dtype, size: float) -> None:
+    """Outputs of about 60: the torch path has no such limit, nor has bfloat16."""
+    q = torch.full((1, 1, 1, 16), (size / 16) ** 0.5 if large == "scores" else 1e-3 / 16, dtype=dtype)
+    k, v = (q, torch.full_like(q, 1e-3)) if large == "scores" else (torch.zeros_like(q), torch.zeros_like(q))
+    initial = torch.full((1, 1, 16, 16), 0.0 if large == "scores" else size)
+    decay = torch.zeros(1)
+    ours = triton_with("fused")(q, k, v, decay, initial_state=initial)
+    expected = lightning_attention(q, k, v, decay, initial_state=initial)
+    assert expected.isfinite().all() and expected.max() < 100
+    if dtype == torch.float16 and size > 65504:
+        assert not ours.isfinite().any()
+    else:
+        torch.testing.assert_close(ours, expected, rtol=2e-2, atol=0)
+
+
 def test_views_of_a_packed_projection_are_read_in_place() -> None:
     qkv = torch.randn(2, 5, 3, 3 * 24, device=DEVICE).bfloat16()
     for x in qkv.split(24, dim=-1):
