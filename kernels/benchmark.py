@@ -1,11 +1,13 @@
 """Measure the kernels on a CUDA device against the floor and other packages: `python -m m1_kernels.benchmark --help`.
 
 Sections: forward; backward (alone, and with the forward); block (SiLU of the packed qkv, attention, gated RMSNorm, where
-the peers' kernels get the same pieces from eager PyTorch and from torch.compile); packed (ragged documents); decode.
+the peers' kernels get the same pieces from eager PyTorch and from torch.compile); packed (ragged documents); packed long (one
+long document and short ones); decode.
 Times are medians of CUDA events with a cold L2 cache, the host's launches hidden. The floor is the least traffic
 (benchmark_report.PASSES) over the copy bandwidth measured in the same run. A peer that is not installed is named; one
 that fails shows why in its cell. Bfloat16 inputs, q, k and v contiguous in the layout that each implementation prefers.
-Writes kernels/results/gpu_DEVICE.json after every point; `--resume FILE` runs what a file lacks.
+Writes kernels/results/gpu_DEVICE.json after every point; `--resume FILE` runs what a file lacks. Exits with 1 if a row of
+ours failed or its results are wrong (`benchmark_report.problems`).
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 from m1_kernels import benchmark_report as reports
-from m1_kernels.benchmark_cases import Shape, difference, sample
+from m1_kernels.benchmark_cases import PACKS, Shape, difference, sample
 from m1_kernels.benchmark_entries import MEASURES, Entry, Section, section_of
 from m1_kernels.benchmark_peers import versions
 from m1_kernels.benchmark_report import Report, Row
@@ -30,14 +32,9 @@ from m1_kernels.benchmark_timing import CudaDevice, Device, copy_rate, measure
 __all__ = ["Bench", "main", "parser"]
 
 OUT_OF_TIME = "time limit"
-SIZES = {
-    "forward": (1024, 4096, 8192, 16384, 65536, 262144, 1048576),
-    "backward": (1024, 4096, 8192, 16384, 65536, 262144, 1048576),
-    "block": (8192, 65536),
-    "packed": (8192, 65536, 262144),
-    "decode": (1, 8, 64, 256, 512),
-}
-QUICK_SIZES = {"forward": (1024, 8192), "backward": (8192,), "block": (8192,), "packed": (8192,), "decode": (1, 64)}
+TOKENS = (1024, 4096, 8192, 16384, 65536, 262144, 1048576)
+SIZES = {name: (1, 8, 64, 256, 512) if name == "decode" else TOKENS for name in MEASURES}
+QUICK_SIZES = {**dict.fromkeys(MEASURES, (8192,)), "forward": (1024, 8192), "decode": (1, 64)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,18 +67,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = CudaDevice()
     hardware = reports.hardware("cuda")
     path = options.resume or options.output or reports.default_path("gpu", hardware["device"])
+    if options.resume and (earlier := Report.read(options.resume).hardware["device"]) != hardware["device"]:
+        print(
+            f"--resume {options.resume} holds rows of {earlier}, this device is {hardware['device']}; times of two devices do not "
+            "belong in one table: leave --resume out",
+            file=sys.stderr,
+        )
+        return 2
     report = Report.read(options.resume) if options.resume else _new_report(arguments, hardware, device)
     logger = logging.getLogger("m1_kernels")
     logger.setLevel(logging.INFO)
     logger.addHandler(Notes(report.notes))
-    bench = Bench(report, device, options, out_of_time=lambda: time.monotonic() - started > options.time_limit_s)
+    bench = Bench(
+        report,
+        device,
+        options,
+        out_of_time=lambda: time.monotonic() - started > options.time_limit_s,
+        run=(reports.commit(), reports.command("m1_kernels.benchmark", arguments)),
+    )
     for _ in bench.run():
         report.save(path)
         if _context_is_dead():
             _restart(arguments, path, options.time_limit_s - (time.monotonic() - started))
     print(reports.tables(report))
     print(f"\nsaved to {path}")
-    return 0
+    wrong = reports.problems(report)
+    for problem in wrong:
+        print(f"wrong: {problem}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 class Notes(logging.Handler):
@@ -97,7 +110,10 @@ class Notes(logging.Handler):
 
 
 class Bench:
-    """Runs all rows that `options` ask for and `report` lacks, and appends them to it."""
+    """Runs all rows that `options` ask for and `report` lacks, and appends them to it.
+
+    run: the commit and the command that the new rows name.
+    """
 
     def __init__(
         self,
@@ -106,8 +122,10 @@ class Bench:
         options: argparse.Namespace,
         *,
         out_of_time: Callable[[], bool],
+        run: tuple[str, str] = ("", ""),
         torch_device: str = "cuda",
     ) -> None:
+        self.commit, self.command = run
         self.report, self.device, self.options, self.out_of_time = report, device, options, out_of_time
         self.torch_device = torch.device(torch_device)
         report.rows[:] = [row for row in report.rows if row.note != OUT_OF_TIME]
@@ -130,7 +148,10 @@ class Bench:
         done = {row.key for row in self.report.rows}
         expected = None
         for entry in section.entries:
-            row = Row(section.name, measure_name, entry.name, shape.tokens, shape.heads, shape.dim)
+            row = Row(
+                section.name, measure_name, entry.name, shape.tokens, shape.heads, shape.dim,
+                commit=self.commit, command=self.command,
+            )  # fmt: skip
             wanted = self.options.only is None or entry.name.startswith(tuple(self.options.only))
             if not wanted or row.key in done:
                 continue
@@ -174,7 +195,7 @@ class Bench:
         try:
             return sample(entry.make(measure_name, shape)())
         except Exception as error:
-            print(f"{entry.name} cannot serve for comparison: {_reason(error)}", file=sys.stderr)
+            print(f"{entry.name} cannot serve for comparison: {self._reason(error)}", file=sys.stderr)
             return None
         finally:
             self._free()
@@ -186,7 +207,7 @@ class Bench:
             off = None if expected is None else difference(sample(call()), expected)
             timed = measure(call, self.device, target_ms=self.options.repeat_ms)
         except Exception as failure:
-            reason = _reason(failure)
+            reason = self._reason(failure)
         del call
         self._free()
         if reason:
@@ -195,7 +216,7 @@ class Bench:
         floor_bytes = entry.floor_bytes(row.measure, shape)
         return replace(
             row,
-            documents=shape.documents().count if row.section == "packed" else None,
+            documents=shape.documents(row.section).count if row.section in PACKS else None,
             ms=timed.ms,
             host_ms=timed.host_ms,
             floor_ms=None if floor_bytes is None else floor_bytes / self.report.ceilings["copy_bytes_per_s"] * 1e3,
@@ -203,6 +224,12 @@ class Bench:
             error=off,
             repeats=timed.repeats,
         )
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, torch.OutOfMemoryError):
+            return f"out of memory: more than the {self.report.hardware.get('memory_gib', 'few')} GiB of this device"
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return f"failed: {type(error).__name__}: {first[:160]}"
 
     def _free(self) -> None:
         if self.torch_device.type == "cuda" and not _context_is_dead():
@@ -220,13 +247,6 @@ def _new_report(arguments: Sequence[str], hardware: dict, device: Device) -> Rep
             "copy_bytes_per_s": copy_rate(device, torch.empty(reports.GIB, dtype=torch.int8, device="cuda")),
         },
     )
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"failed: {type(error).__name__}: {first[:160]}"
 
 
 def _progress(row: Row) -> str:

@@ -7,7 +7,18 @@ import torch
 from m1_kernels.benchmark_peers import Attention, Block, Documents, Step
 from m1_kernels.slopes import slopes
 
-__all__ = ["Shape", "attention_call", "block_call", "captured", "difference", "ragged_lengths", "sample", "step_call"]
+__all__ = [
+    "PACKS",
+    "Shape",
+    "attention_call",
+    "block_call",
+    "captured",
+    "difference",
+    "long_and_short_lengths",
+    "ragged_lengths",
+    "sample",
+    "step_call",
+]
 
 LAYER, LAYERS = 40, 80  # slopes of a layer in the middle of M1
 SAMPLE = 64  # tokens compared at the start, the middle and the end
@@ -37,8 +48,9 @@ class Shape:
 
         return draw
 
-    def documents(self) -> Documents:
-        lengths = ragged_lengths(self.tokens)
+    def documents(self, section: str) -> Documents:
+        """Those of a section in PACKS."""
+        lengths = PACKS[section](self.tokens)
         edges = torch.tensor([0, *lengths]).cumsum(0)
         return Documents(edges.int().to(self.device), edges.to(self.device), max(lengths))
 
@@ -49,6 +61,18 @@ def ragged_lengths(tokens: int) -> list[int]:
     while (left := tokens - sum(lengths)) > 0:
         lengths.append(min(left, 2 ** (6 + len(lengths) * 5 % 7) + 37))
     return lengths
+
+
+def long_and_short_lengths(tokens: int) -> list[int]:
+    """Document lengths that sum to `tokens`: seven eighths of them in one, the rest in documents of 16 to 128."""
+    lengths = [tokens - tokens // 8]
+    while (left := tokens - sum(lengths)) > 0:
+        lengths.append(min(left, 16 << len(lengths) % 4))
+    return lengths
+
+
+PACKS = {"packed": ragged_lengths, "packed long": long_and_short_lengths}
+"""Document lengths of the sections of packs."""
 
 
 def attention_call(

@@ -2,14 +2,17 @@
 
 Against a block loop as in transformers' MiniMax (blocks of 256 tokens, plain autograd) and, for scale, causal
 scaled_dot_product_attention up to 4096 tokens; float32, from a packed qkv, without and with its SiLU, forward without
-gradients and forward + backward. Best of `--repeats` (two, of calls that take seconds), the implementations taking
-turns, so that their ratio bears other load on the machine. The floor is the matrix products of the chunked algorithm,
+gradients and forward + backward. Medians of `--repeats` (two, of calls that take seconds), the least beside them, the
+implementations taking turns, so that their ratio bears other load on the machine.
+The floor is the matrix products of the chunked algorithm,
 4CD + 4D^2 flops per token and head forward and 10CD + 10D^2 backward, at the rate of a large square product in this run.
 Writes kernels/results/lightning_cpu.json.
 """
 
 import argparse
 import datetime
+import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +32,7 @@ __all__ = ["block_loop", "block_tables", "main"]
 
 BLOCK = 256
 FLASH_MOST_TOKENS = 4096
-ENOUGH_S = 6.0  # after which the repeats of one row end
+ENOUGH_S = 15.0  # after which the repeats of one row end
 Attention = Callable[[torch.Tensor], torch.Tensor]
 MEASURES = ("forward", "forward+backward")
 
@@ -39,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m m1_kernels.benchmark_cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=reports.default_path("lightning", "cpu"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -53,9 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         ceilings={"matmul_flop_per_s": matmul_rate(options.repeats)},
     )
-    for tokens in options.tokens:
-        report.rows += rows(tokens, options.heads, options.head_dim, options.repeats, report.ceilings)
-        report.save(options.output)
+    for dim in options.head_dim:
+        for tokens in options.tokens:
+            report.rows += rows(tokens, options.heads, dim, options.repeats, report.ceilings)
+            report.save(options.output)
+    report.hardware["load at end"] = round(os.getloadavg()[0], 1)
+    report.save(options.output)
     print(reports.tables(report))
     print(f"\nsaved to {options.output}")
     return 0
@@ -88,8 +94,9 @@ def rows(tokens: int, heads: int, dim: int, repeats: int, ceilings: dict[str, fl
         for measure in MEASURES:
             calls = {name: call(measure, attention, qkv, gradient) for name, attention in implementations.items()}
             floor = floor_flops(measure, tokens, heads, dim) / ceilings["matmul_flop_per_s"]
-            for name, seconds in best_times(calls, repeats).items():
-                row = Row(section, measure, name, tokens, heads, dim, ms=1e3 * seconds, repeats=repeats)
+            for name, seconds in times(calls, repeats).items():
+                row = Row(section, measure, name, tokens, heads, dim, repeats=len(seconds))
+                row = replace(row, ms=1e3 * statistics.median(seconds), least_ms=1e3 * min(seconds))
                 found.append(row if name == "torch flash" else replace(row, floor_ms=1e3 * floor))
     return found
 
@@ -120,25 +127,25 @@ def floor_flops(measure: str, tokens: int, heads: int, dim: int) -> int:
     return tokens * heads * (inside * chunk * dim + across * dim**2)
 
 
-def best_times(
+def times(
     calls: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """Least seconds of each call, in turns: one to warm up, then `repeats`, or two if those take ENOUGH_S together."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+) -> dict[str, list[float]]:
+    """Seconds of each call, in turns: after one to warm up `repeats`, or two if those take ENOUGH_S together."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
-        if turn > 2 and sum(map(sum, times.values())) > ENOUGH_S:
+        if turn > 2 and sum(map(sum, taken.values())) > ENOUGH_S:
             break
         for name, run in calls.items():
             start = clock()
             run()
-            times[name].append(clock() - start)
-    return {name: min(measured[1:]) for name, measured in times.items()}
+            taken[name].append(clock() - start)
+    return {name: measured[1:] for name, measured in taken.items()}
 
 
 def matmul_rate(repeats: int, size: int = 1024) -> float:
     """Flops per second of one float32 [size, size] product."""
     a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-    return 2 * size**3 / best_times({"": lambda: torch.mm(a, b, out=c)}, 4 * repeats)[""]
+    return 2 * size**3 / min(times({"": lambda: torch.mm(a, b, out=c)}, 4 * repeats)[""])
 
 
 def block_tables(decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

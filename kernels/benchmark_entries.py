@@ -18,6 +18,7 @@ MEASURES = {
     "backward": ("backward", "forward+backward"),
     "block": ("forward", "forward+backward"),
     "packed": ("forward", "forward+backward"),
+    "packed long": ("forward", "forward+backward"),
     "decode": ("step",),
 }
 YARDSTICK_MOST_TOKENS = 8192
@@ -69,11 +70,11 @@ def section_of(name: str) -> Section:
 
 
 def _attention(section: str) -> Section:
-    packed = section == "packed"
+    packed = section in cases.PACKS
 
     def entry(contender: peers.Contender, attention: peers.Attention | str) -> Entry:
         def make(measure: str, shape: Shape) -> Call:
-            documents = shape.documents() if packed else None
+            documents = shape.documents(section) if packed else None
             return cases.attention_call(
                 measure,
                 attention,

@@ -6,13 +6,13 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["OURS", "PASSES", "Report", "Row", "commit", "decode_bytes", "floor_bytes", "tables"]
+__all__ = ["OURS", "PASSES", "Report", "Row", "commit", "decode_bytes", "floor_bytes", "problems", "tables"]
 
 # Times that one tensor [N, H, D] must cross the memory bus, for a design with two sweeps backward.
 # block: the norm reads o and gate and writes its result, backward it reads three and writes two.
@@ -24,6 +24,7 @@ PASSES = {
     ("block", "forward+backward"): 22,
 }
 OURS = "ours"
+MOST_ERROR = 0.01  # relative RMS; bf16 rounding of results and gradients gives 3e-3 to 5e-3
 SEGMENTED_EXTRA = 2  # the state pre-pass reads k and v once more
 GIB = 1 << 30
 
@@ -32,8 +33,9 @@ GIB = 1 << 30
 class Row:
     """One implementation at one shape; ms None with the reason in `note` where it did not run.
 
-    tokens: slots in the decode section.  host_ms: to issue the call.  error: relative RMS of its results, sampled at
-    the start, middle and end, against ours (ours: against the torch path in float32).
+    tokens: slots in the decode section.  ms: median of `repeats`, least_ms the least where it is kept.  host_ms: to issue
+    the call.  error: relative RMS of its results, sampled at the start, middle and end, against ours (ours: against the
+    torch path).  commit, command: of the run that measured it; empty in files older than these fields: those of the file.
     """
 
     section: str
@@ -50,6 +52,9 @@ class Row:
     error: float | None = None
     repeats: int = 0
     note: str = ""
+    least_ms: float | None = None
+    commit: str = ""
+    command: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, int, int]:
@@ -62,7 +67,7 @@ class Row:
 
 @dataclass
 class Report:
-    """Everything about one run that is kept.
+    """Everything about one run that is kept; rows of a later --resume name their own commit and command.
 
     ceilings: what the floors are made of, measured in the same run: copy_bytes_per_s, or matmul_flop_per_s.
     """
@@ -107,7 +112,8 @@ def hardware(device: str) -> dict[str, Any]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties()
         return {"device": properties.name, "memory_gib": round(properties.total_memory / GIB, 1)}
-    return {"device": _cpu_model(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    load = round(os.getloadavg()[0], 1)
+    return {"device": _cpu_model(), "threads": torch.get_num_threads(), "cores": os.cpu_count(), "load at start": load}
 
 
 def _cpu_model() -> str:
@@ -138,13 +144,39 @@ def command(module: str, arguments: Iterable[str]) -> str:
     return shlex.join(["python", "-m", module, *arguments])
 
 
+def problems(report: Report) -> list[str]:
+    """What is wrong with ours in a report: rows that failed (not for want of memory or time), results that are not as expected.
+
+    Those are the torch path's, and where it takes no part, those of at least one exact peer.
+    """
+    found = []
+    for row in report.rows:
+        if not row.name.startswith(OURS):
+            continue
+        where = f"{row.section} {row.measure} of {row.name} at {row.tokens}, H={row.heads}"
+        if row.note.startswith("failed"):
+            found.append(f"{where} {row.note}")
+        elif row.error is not None and not row.error <= MOST_ERROR:
+            found.append(f"{where} differs by {row.error:.1e}, more than {MOST_ERROR}")
+        elif row.name == OURS and row.ms is not None and row.error is None:
+            point = replace(row, name="").key
+            peers = [
+                other.error
+                for other in report.rows
+                if replace(other, name="").key == point and not other.name.startswith(OURS) and other.error is not None
+            ]
+            if peers and not any(error <= MOST_ERROR for error in peers):
+                found.append(f"{where} differs from every peer, by {min(peers):.1e} and more")
+    return found
+
+
 def tables(report: Report) -> str:
     """The whole report as text: per section, measure and heads the times, how often ours fits in them, memory, errors."""
     lines = [
         ", ".join(f"{name} {value}" for name, value in report.hardware.items()),
         ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         ", ".join(f"{name} {value:.3g}" for name, value in report.ceilings.items()) + f"; commit {report.commit[:12]}",
-        f"$ {report.command}",
+        *(f"$ {command}  (commit {made_by[:12]})" for made_by, command in _runs(report)),
         *report.notes,
     ]
     groups: dict[tuple[str, str, int, int], list[Row]] = {}
@@ -174,6 +206,12 @@ def tables(report: Report) -> str:
     if any(row.host_ms is not None and row.ms is not None and row.host_ms > row.ms for row in report.rows):
         lines += ["", "*: the host takes longer to issue the call than the device to run it"]
     return "\n".join(lines)
+
+
+def _runs(report: Report) -> list[tuple[str, str]]:
+    """(commit, command) of the runs that made the rows."""
+    runs = [(row.commit or report.commit, row.command or report.command) for row in report.rows]
+    return list(dict.fromkeys([(report.commit, report.command), *runs]))
 
 
 def _grid(rows: list[Row], unit: str, cell: Callable[[Row], str], *, with_floor: bool = False) -> list[str]:

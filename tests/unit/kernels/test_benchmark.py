@@ -5,15 +5,17 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from m1_kernels import benchmark, benchmark_entries, benchmark_plot, lightning_attention
 from m1_kernels import benchmark_peers as peers
-from m1_kernels.benchmark_cases import difference, ragged_lengths, sample
+from m1_kernels import benchmark_report as reports
+from m1_kernels.benchmark_cases import PACKS, difference, long_and_short_lengths, ragged_lengths, sample
 from m1_kernels.benchmark_peers import Contender
-from m1_kernels.benchmark_report import Report, Row, decode_bytes, floor_bytes, tables
+from m1_kernels.benchmark_report import OURS, Report, Row, decode_bytes, floor_bytes, problems, tables
 from m1_kernels.benchmark_timing import copy_rate, measure
 
 
@@ -51,17 +53,22 @@ def empty_report() -> Report:
     return Report(
         command="python -m m1_kernels.benchmark --quick",
         commit="abc123",
-        hardware={"device": "GPU 1"},
+        hardware={"device": "GPU 1", "memory_gib": 80.0},
         versions={"torch": "2.11", "triton": "3.6", "fla-core": "not installed"},
         started="2026-01-01T00:00:00+00:00",
         ceilings={"copy_bytes_per_s": 4e12},
     )
 
 
-def run_bench(*arguments: str, report: Report | None = None, out_of_time: Callable[[], bool] = lambda: False) -> Report:
+def run_bench(
+    *arguments: str,
+    report: Report | None = None,
+    out_of_time: Callable[[], bool] = lambda: False,
+    run: tuple[str, str] = ("", ""),
+) -> Report:
     options = benchmark.parser().parse_args([*"--head-dim 16 --heads 2 --tokens 200 --repeat-ms 1".split(), *arguments])
     report = report or empty_report()
-    bench = benchmark.Bench(report, FakeDevice(), options, out_of_time=out_of_time, torch_device="cpu")
+    bench = benchmark.Bench(report, FakeDevice(), options, out_of_time=out_of_time, run=run, torch_device="cpu")
     list(bench.run())
     return report
 
@@ -116,6 +123,21 @@ def test_ragged_documents_fill_the_pack(tokens: int) -> None:
         assert 1 in lengths and len(set(lengths)) > 4
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 1000, 8192, 65536])
+def test_one_long_document_and_short_ones_fill_the_pack(tokens: int) -> None:
+    longest, *others = long_and_short_lengths(tokens)
+    assert longest + sum(others) == tokens and all(1 <= length <= 128 for length in others)
+    assert longest >= 7 / 8 * tokens
+    if tokens >= 8192:
+        assert len(set(others)) > 3
+
+
+def test_all_sections_but_decoding_go_from_1k_to_1m() -> None:
+    assert set(benchmark.SIZES) == set(benchmark.QUICK_SIZES) == set(benchmark_entries.MEASURES)
+    for name in {*benchmark.SIZES} - {"decode"}:
+        assert benchmark.SIZES[name][0] == 1024 and benchmark.SIZES[name][-1] == 2**20
+
+
 def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("fla", "lightning_attn"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -132,7 +154,7 @@ def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_section_measures_ours_and_finds_it_right(contenders) -> None:
     contenders()
-    report = run_bench("--sections", "forward", "backward", "block", "packed", "decode", "--slots", "3")
+    report = run_bench("--slots", "3")
     measured = {(row.section, row.measure): row for row in report.rows if row.name == "ours"}
     assert set(measured) == {
         ("forward", "forward"),
@@ -142,13 +164,18 @@ def test_every_section_measures_ours_and_finds_it_right(contenders) -> None:
         ("block", "forward+backward"),
         ("packed", "forward"),
         ("packed", "forward+backward"),
+        ("packed long", "forward"),
+        ("packed long", "forward+backward"),
         ("decode", "step"),
     }
     for row in measured.values():
         assert row.ms == 1.0 and row.repeats == 3 and row.peak_gib == 3.0
         assert row.error is not None and row.error < 0.02, row
     assert measured["forward", "forward"].floor_ms == 4 * 200 * 2 * 16 * 2 / 4e12 * 1e3
-    assert measured["packed", "forward"].documents == len(ragged_lengths(200))
+    for name, lengths in PACKS.items():
+        assert measured[name, "forward"].documents == len(lengths(200))
+    (problem,) = problems(report)
+    assert "CUDA graph" in problem  # which needs a GPU
 
 
 def late_by_one(q, k, v, slopes, documents):
@@ -180,11 +207,40 @@ def test_wrong_and_failing_peers_are_visible(contenders) -> None:
     for measure_name in ("forward", "backward", "forward+backward"):
         assert rows[measure_name, "right"].error < 0.01
         assert rows[measure_name, "late"].error > 0.025
-        assert rows[measure_name, "hungry"].note == "out of memory"
+        assert rows[measure_name, "hungry"].note == "out of memory: more than the 80.0 GiB of this device"
         assert rows[measure_name, "broken"].note == "failed: RuntimeError: offsets overflow"
         assert rows[measure_name, "small"].note == "not run: its int32 offsets overflow from 2^31 elements"
     text = tables(report)
     assert "out of memory" in text and "offsets overflow [200]" in text
+    assert problems(report) == []  # of peers
+
+
+@pytest.mark.parametrize(
+    "attention, said",
+    [(late_by_one, "differs by "), (broken, "failed: RuntimeError: offsets overflow"), (out_of_memory, None)],
+)
+def test_what_is_wrong_with_ours_is_a_problem(contenders, monkeypatch: pytest.MonkeyPatch, attention, said) -> None:
+    monkeypatch.setattr(peers, "CONTENDERS", (Contender(OURS, lambda: attention, "m1_kernels"),))
+    benchmark_entries.section_of.cache_clear()
+    report = run_bench("--sections", "forward")
+    found = problems(report)
+    assert len(found) == (said is not None)
+    assert said is None or found[0].startswith(f"forward forward of ours at 200, H=2 {said}")
+
+
+def test_where_the_torch_path_is_too_slow_one_exact_peer_must_agree() -> None:
+    ours = Row("forward", "forward", OURS, 65536, 64, 128, ms=1.0)
+    elsewhere = replace(ours, name="fla", tokens=8192, error=0.5)
+    wrong, right = replace(ours, name="fla", error=float("nan")), replace(ours, name="lightning-attn", error=3e-3)
+    segmented = replace(ours, name="ours segmented", error=0.3)
+    for rows, count in (
+        ((ours, elsewhere), 0),
+        ((ours, wrong), 1),
+        ((ours, wrong, right), 0),
+        ((ours, segmented), 1),
+        ((replace(ours, error=float("nan")), right), 1),
+    ):
+        assert len(problems(replace(empty_report(), rows=list(rows)))) == count
 
 
 def test_the_block_around_a_peer_is_the_block(contenders) -> None:
@@ -212,6 +268,57 @@ def test_long_rows_and_late_rows_are_named_and_resumed(contenders) -> None:
     finished = run_bench(*arguments, report=late)
     assert [row.key for row in finished.rows] == [row.key for row in report.rows]
     assert len(run_bench(*arguments, report=replace(report, rows=list(report.rows))).rows) == 4
+
+
+def test_resumed_rows_name_their_own_commit_and_command(contenders) -> None:
+    contenders()
+    report = run_bench("--sections", "forward", run=("abc123", "first"))
+    report = run_bench("--sections", "forward", "--tokens", "200", "300", report=report, run=("def456", "second"))
+    assert [(row.tokens, row.commit, row.command) for row in report.rows] == [
+        (200, "abc123", "first"),
+        (300, "def456", "second"),
+    ]
+    lines = tables(report).splitlines()
+    assert [line for line in lines if line.startswith("$ ")] == [
+        "$ python -m m1_kernels.benchmark --quick  (commit abc123)",
+        "$ first  (commit abc123)",
+        "$ second  (commit def456)",
+    ]
+
+
+@pytest.mark.parametrize("attention, status", [(lightning_attention, 0), (late_by_one, 1), (broken, 1)])
+def test_the_exit_status_says_whether_ours_is_right(
+    contenders,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    attention,
+    status: int,
+) -> None:
+    def ours(q, k, v, slopes, documents):
+        return (
+            attention(q, k, v, slopes, documents)
+            if attention is not lightning_attention
+            else attention(q, k, v, slopes)
+        )
+
+    monkeypatch.setattr(peers, "CONTENDERS", (Contender(OURS, lambda: ours, "m1_kernels"),))
+    benchmark_entries.section_of.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(benchmark, "CudaDevice", FakeDevice)
+    monkeypatch.setattr(benchmark, "Bench", partial(benchmark.Bench, torch_device="cpu"))
+    monkeypatch.setattr(benchmark, "_new_report", lambda *_: empty_report())
+    monkeypatch.setattr(benchmark, "_context_is_dead", lambda: False)
+    monkeypatch.setattr(benchmark.reports, "hardware", lambda device: empty_report().hardware)
+    path = tmp_path / "gpu.json"
+    arguments = f"--sections forward --tokens 200 --heads 2 --head-dim 16 --repeat-ms 1 --output {path}".split()
+    assert benchmark.main(arguments) == status
+    assert ("wrong: forward forward of ours" in capsys.readouterr().err) == bool(status)
+    (row,) = Report.read(path).rows
+    assert row.command == reports.command("m1_kernels.benchmark", arguments) and row.commit == reports.commit()
+    monkeypatch.setattr(benchmark.reports, "hardware", lambda device: {"device": "GPU 2"})
+    assert benchmark.main(["--resume", str(path)]) == 2
+    assert "GPU 1" in capsys.readouterr().err
 
 
 def test_the_sample_sees_start_middle_and_end() -> None:
@@ -242,7 +349,7 @@ def test_tables_and_file(tmp_path: Path) -> None:
     report = canned(path)
     assert Report.read(path) == report
     content = json.loads(path.read_text())
-    assert content["hardware"] == {"device": "GPU 1"} and content["commit"] == "abc123"
+    assert content["hardware"] == empty_report().hardware and content["commit"] == "abc123"
     text = tables(report)
     assert "fla-core not installed" in text
     lines = text.splitlines()
