@@ -26,7 +26,7 @@ from megatron_m1.engine.rates import read_rates
 from megatron_m1.engine.step_time import stage_balance
 from megatron_m1.planning import Plan, Refusal, Search, plan_layout, search
 from megatron_m1.planning.generation_flops import flops_curve, r1_decode_flops, r1_multiplied_parameters
-from megatron_m1.planning.search import layout_name, recompute_variants, smallest_cluster
+from megatron_m1.planning.search import MOST_DOUBLINGS, layout_name, recompute_variants, smallest_cluster
 
 GIB = 2**30
 CURVE_LENGTHS = [8192, 16384, 32768, 65536, 80000, 100_000, 131_072]
@@ -55,7 +55,10 @@ def main(argv: list[str]) -> int:
             found_json = [plan_json(p, cluster, options.document_tokens) for p in result.plans[: options.top]]
             text, plans = table(result, config, cluster, options.top), len(result.plans)
             if not plans:
-                text += "\n" + what_would_fit(result, config, cluster, **limits)
+                remedy = what_would_fit(result, config, cluster, **limits)
+                text += f"\n{remedy}"
+                if options.json:
+                    print(f"no layout fits; {remedy}", file=sys.stderr)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -108,21 +111,21 @@ def read(options: argparse.Namespace, rest: list[str]) -> tuple[Cluster, Config]
             f"--gpus={gpus} must be a multiple of --gpus-per-node={node}, or fewer; use {gpus // node * node} or "
             f"{-(-gpus // node) * node}."
         )
-    if options.top < 1 or (options.document_tokens is not None and options.document_tokens < 1):
-        name, value = ("top", options.top) if options.top < 1 else ("document-tokens", options.document_tokens)
-        raise ConfigError(f"--{name}={value} must be 1 or more.")
+    for name in ("seq_length", "global_batch_tokens", "document_tokens", "top"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}={value} must be 1 or more.")
     if not 0 <= options.reserve_gib < cluster.memory_gib:
         raise ConfigError(
             f"--reserve-gib={options.reserve_gib:g} must be from 0 to below the {cluster.memory_gib:g} GiB of a GPU."
         )
     config = load_config(rest)
-    length = options.seq_length or config.training.seq_length
+    length = options.seq_length or config.training.seq_length  # 0 is refused above
     own = config.training.global_batch * config.training.seq_length
     tokens = options.global_batch_tokens or (own if options.layout == "config" else 2**27)
-    if length < 1 or tokens % length:
+    if tokens % length:
         raise ConfigError(
-            f"--global-batch-tokens={tokens} must be a multiple of --seq-length={length}; "
-            f"use {max(tokens // max(length, 1), 1) * length}."
+            f"--global-batch-tokens={tokens} must be a multiple of --seq-length={length}; use {max(tokens // length, 1) * length}."
         )
     training = dataclasses.replace(config.training, seq_length=length, global_batch=tokens // length, batch_ramp=[])
     return cluster, dataclasses.replace(config, training=training)
@@ -183,16 +186,17 @@ def what_would_fit(
             f"{layout_name(least.parallel)} needs least: {cluster.gpus} GPUs of {enough} GiB would do, reserve included"
         )
     larger = smallest_cluster(config, cluster, reserve_gib=reserve_gib, document_tokens=document_tokens)
-    if larger is not None:
+    if larger is None:
+        lines.append(
+            f"no number of such GPUs up to {2**MOST_DOUBLINGS} times as many would do; the reasons say what to change"
+        )
+    else:
         gpus, plan = larger
         lines.append(
             f"{gpus} such GPUs would do: {layout_name(plan.config.parallel)}, recompute {recompute(plan.config)}, "
             f"{plan.needed_gib:.1f} GiB of {cluster.memory_gib:g}"
         )
-    return (
-        "\n".join(lines)
-        or "no number of such GPUs up to 16 times as many would do; the reasons above say what to change"
-    )
+    return "\n".join(lines)
 
 
 def detail(plan: Plan, cluster: Cluster, document_tokens: int | None) -> str:

@@ -1,5 +1,6 @@
 """GPUs and their links."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_m1.config.errors import ConfigError
@@ -27,8 +28,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "rates" and not value > 0:
-                raise ConfigError(f"{name}={value} of a cluster must be above 0.")
+            if name != "rates" and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value} of a cluster must be above 0, and finite.")
 
     @property
     def bytes_per_s(self) -> float:

@@ -13,6 +13,7 @@ from megatron_m1.engine.memory import RESERVE_GIB, MemoryEstimate, estimate_memo
 from megatron_m1.engine.step_time import StepTime, step_time
 
 __all__ = [
+    "MOST_DOUBLINGS",
     "Plan",
     "Refusal",
     "Search",
@@ -26,7 +27,8 @@ __all__ = [
 _GIB = 2**30
 _LEAST_TOKENS = 8192  # of a context-parallel rank: the rates of cluster.py were measured with no fewer
 _MOST_CHUNKS = 5  # model chunks of a pipeline rank
-_MOST_DOUBLINGS = 4
+MOST_DOUBLINGS = 8
+"""Of the GPUs, in the search for a number that is enough: from one node to 2048 GPUs."""
 _RECOMPUTE: tuple[tuple[str, list[str]], ...] = (
     ("none", ["core_attn"]),
     ("selective", ["core_attn"]),
@@ -104,8 +106,8 @@ def search(
 def smallest_cluster(
     config: Config, cluster: Cluster, *, reserve_gib: float = RESERVE_GIB, document_tokens: int | None = None
 ) -> tuple[int, Plan] | None:
-    """GPUs, in doublings of cluster.gpus, with which a layout fits, and the fastest; None if 16 times as many do not help."""
-    for doublings in range(1, _MOST_DOUBLINGS + 1):
+    """GPUs, in doublings of cluster.gpus, with which a layout fits, and the fastest; None if 2^MOST_DOUBLINGS times as many do not help."""
+    for doublings in range(1, MOST_DOUBLINGS + 1):
         larger = replace(cluster, gpus=cluster.gpus << doublings)
         plans = search(config, larger, reserve_gib=reserve_gib, document_tokens=document_tokens).plans
         if plans:

@@ -54,6 +54,10 @@ def test_one_layout_of_the_released_model_in_detail():
             ["--seq-length", "3000"],
             "--global-batch-tokens=134217728 must be a multiple of --seq-length=3000; use 134217000.",
         ),
+        (["--seq-length", "0"], "--seq-length=0 must be 1 or more."),
+        (["--seq-length", "-5"], "--seq-length=-5 must be 1 or more."),
+        (["--global-batch-tokens", "0"], "--global-batch-tokens=0 must be 1 or more."),
+        (["--top", "0"], "--top=0 must be 1 or more."),
         (["--gpus", "0"], "gpus=0 of a cluster must be above 0"),
         (["--gpus", "100"], "--gpus=100 must be a multiple of --gpus-per-node=8, or fewer; use 96 or 104."),
         (["--config", "examples/configs/m1_456b_2m_512gpu.yaml"], "name an existing YAML file"),
@@ -74,6 +78,20 @@ def test_says_what_would_fit():
     found = re.search(r"\n(\S+) needs least: 4 GPUs of (6\.\d) GiB would do, reserve included\n", done.stdout)
     enough = [*TINY, "--memory-gib", found[2], "--seq-length", "16384", "--global-batch-tokens", str(8 * 16384)]
     assert f"\n{found[1]} " in plan(*enough).stdout
+    least = plan(
+        *TINY, "--memory-gib", "6.001", "--seq-length", "16384", "--global-batch-tokens", str(8 * 16384), "--json"
+    )
+    assert least.returncode == 1 and json.loads(least.stdout) == []
+    remedy = "no layout fits; {} needs least: 4 GPUs of {} GiB would do, reserve included\n".format(*found.groups())
+    assert (
+        least.stderr
+        == remedy + "no number of such GPUs up to 256 times as many would do; the reasons say what to change\n"
+    )
+
+
+def test_finds_the_cluster_for_a_million_tokens_from_one_node():
+    done = plan("--gpus", "8", "--seq-length", "1048576")
+    assert done.returncode == 1 and "\n256 such GPUs would do: 4/2/32/32/4/5, recompute full, " in done.stdout
 
 
 def test_documents_shorten_attention_and_pad():
@@ -84,6 +102,10 @@ def test_documents_shorten_attention_and_pad():
                         ["--document-tokens", "2048", "--parallel.context_layout", "document"])
     )  # fmt: skip
     assert packed["seconds"]["softmax"] == pytest.approx(whole["seconds"]["softmax"] / 512)
+    # No document crosses two borders, so that two neighbours' states arrive and not those of 31 ranks; by document each crosses all.
+    assert packed["seconds"]["states"] == pytest.approx(whole["seconds"]["states"] / 31)
+    assert padded["seconds"]["states"] == pytest.approx(whole["seconds"]["states"] * 512)
+    assert max(padded["activation_bytes"].values()) > 1.1 * max(packed["activation_bytes"].values())
     # 512 documents, each with 31.5 tokens of padding to a multiple of 64 on average.
     assert padded["seconds"]["gemm"] == pytest.approx((1 + 31.5 / 2048) * packed["seconds"]["gemm"], rel=1e-3)
 

@@ -36,8 +36,9 @@ def test_rate_of_the_experts_grows_with_their_tokens(rows, tflops):
 
 def test_known_devices_and_bad_numbers():
     assert DEVICES["H800"].nvlink_gb_per_s == 200 < DEVICES["H200"].nvlink_gb_per_s
-    with pytest.raises(ConfigError, match="gpus=0 of a cluster"):
-        replace(DEVICES["H800"], gpus=0)
+    for name, value in (("gpus", 0), ("memory_gib", float("inf")), ("network_gb_per_s", float("nan"))):
+        with pytest.raises(ConfigError, match=f"{name}={value} of a cluster must be above 0, and finite"):
+            replace(DEVICES["H800"], **{name: value})
 
 
 def test_rates_from_a_file(tmp_path):
