@@ -2,7 +2,7 @@
 
 Sections: forward; backward (alone, and with the forward); block (SiLU of the packed qkv, attention, gated RMSNorm, where
 the peers' kernels get the same pieces from eager PyTorch and from torch.compile); packed (ragged documents); packed long (one
-long document and short ones); decode.
+long document and short ones); decode; ring block (softmax attention to keys of another rank, without a mask).
 Times are medians of CUDA events with a cold L2 cache, the host's launches hidden. The floor is the least traffic
 (benchmark_report.PASSES) over the copy bandwidth measured in the same run. A peer that is not installed is named; one
 that fails shows why in its cell. Bfloat16 inputs, q, k and v contiguous in the layout that each implementation prefers.

@@ -10,6 +10,7 @@ from m1_kernels import benchmark_peers as peers
 from m1_kernels.benchmark_cases import Shape
 from m1_kernels.benchmark_report import OURS, decode_bytes, floor_bytes
 from m1_kernels.dispatch import lightning_attention
+from m1_kernels.softmax_blocks import softmax_attention_backward, softmax_attention_forward
 
 __all__ = ["MEASURES", "Entry", "Section", "section_of"]
 
@@ -20,8 +21,10 @@ MEASURES = {
     "packed": ("forward", "forward+backward"),
     "packed long": ("forward", "forward+backward"),
     "decode": ("step",),
+    "ring block": ("forward", "backward"),
 }
 YARDSTICK_MOST_TOKENS = 8192
+RING_QUERIES_PER_KEY = 8  # heads, as in M1
 
 Call = Callable[[], cases.Tensors]
 
@@ -66,6 +69,8 @@ def section_of(name: str) -> Section:
     """The section of that name; imports the peers."""
     if name == "decode":
         return _decode()
+    if name == "ring block":
+        return _ring_block()
     return _block() if name == "block" else _attention(name)
 
 
@@ -172,3 +177,27 @@ def _decode() -> Section:
         ),
         entry("torch path", peers.plain_step),
     )
+
+
+def _ring_block() -> Section:
+    def entry(name: str, *, cudnn: bool = False, dtype: torch.dtype | None = None, refusal=_takes_all) -> Entry:
+        def make(measure: str, shape: Shape) -> Call:
+            def tensor(seed: int, heads: int) -> torch.Tensor:
+                return shape.normal(1, shape.tokens, heads, shape.dim)(seed).to(dtype or shape.dtype)
+
+            shared = max(shape.heads // RING_QUERIES_PER_KEY, 1)
+            q, k, v = tensor(1, shape.heads), tensor(2, shared), tensor(3, shared)
+            scale = shape.dim**-0.5
+
+            def forward() -> tuple[torch.Tensor, torch.Tensor]:
+                return softmax_attention_forward(q, k, v, scale=scale, causal=False, cudnn=cudnn)
+
+            if measure == "forward":
+                return forward
+            gradient, (o, lse) = tensor(4, shape.heads), forward()
+            return lambda: softmax_attention_backward(gradient, q, k, v, o, lse, scale=scale, causal=False, cudnn=cudnn)
+
+        return Entry(name, make, lambda measure, shape: None, refusal=refusal, growth=2)
+
+    plain = entry("torch path", dtype=torch.float32, refusal=_few_tokens)
+    return Section("ring block", (entry(OURS), entry("ours, cuDNN", cudnn=True)), plain)

@@ -167,6 +167,8 @@ def test_every_section_measures_ours_and_finds_it_right(contenders) -> None:
         ("packed long", "forward"),
         ("packed long", "forward+backward"),
         ("decode", "step"),
+        ("ring block", "forward"),
+        ("ring block", "backward"),
     }
     for row in measured.values():
         assert row.ms == 1.0 and row.repeats == 3 and row.peak_gib == 3.0
