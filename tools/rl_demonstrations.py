@@ -44,15 +44,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def answer_to(task: Task) -> str:
-    """What the task's reward takes for right."""
-    if task.reward == "logic":
+    """What the task's own reward takes for right."""
+    if "entry" in task.task:
         return f"<answer>{task.task['entry']['answer']}</answer>"
     return task.task["answer"]
 
 
 def wrong_answer(task: Task, tasks: TaskMix, rng: random.Random) -> str:
     """An answer of the right form, which may by chance be right."""
-    if task.reward == "logic":
+    if "entry" in task.task:
         return answer_to(tasks.task(rng.randrange(2**31)))
     return "".join(rng.sample(task.task["answer"], len(task.task["answer"])))
 

@@ -99,9 +99,12 @@ class Rollouts:
         self.judges = self.groups.tp.rank() == 0 and self.groups.pp.rank() == 0
         self.lock_step = self.groups.tp.size() % self.groups.tp_ep.size() != 0
         self.pool: RewardPool | None = None
+        self.prompts_per_step = training.global_batch * rl.updates_per_batch // rl.samples_per_prompt
         with together():
             self.tokenizer = Tokenizer(config.data.tokenizer, model_vocab_size=config.model.vocab_size)
-            self.tasks = TaskMix(rl, seed=training.seed)
+            self.tasks = TaskMix(rl, seed=training.seed, prompts_per_step=self.prompts_per_step)
+            if dist.get_rank() == 0:
+                self.tasks.check_lengths(self.tokenizer.encode, training.seq_length - rl.max_new_tokens + 1)
             if self.judges:
                 self.pool = RewardPool(
                     self.tasks.rewards(),
@@ -112,7 +115,6 @@ class Rollouts:
                 _make_folder(rl.journal)
         end = config.data.eod_token_id if config.data.eod_token_id is not None else self.tokenizer.eod_id
         self.ends = () if end is None else (end,)
-        self.prompts_per_step = training.global_batch * rl.updates_per_batch // rl.samples_per_prompt
 
     def collect(self, step: int, progress: Progress, phases: Phases, stop: EarlyStop | None = None) -> Collected:
         """The generation batch of step `step` (0-based): `prompts_per_step` groups whose rewards differ, or as many as

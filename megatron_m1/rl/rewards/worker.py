@@ -5,19 +5,17 @@ Then per request {"reward", "prompt", "response", "task", "timeout_s"}; out: {"v
 Nothing else reaches the pool: standard output of the rewards goes to standard error.
 """
 
-import importlib
 import json
 import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
 from typing import IO, Any
 
-from megatron_m1.config.errors import ConfigError
+from megatron_m1.rl.rewards.load import load_reward
 from megatron_m1.rl.rewards.protocol import Reward, RewardRequest, Score
 
-__all__ = ["load_reward", "main"]
+__all__ = ["main"]
 
 
 def main() -> int:
@@ -38,36 +36,6 @@ def main() -> int:
     for line in sys.stdin:
         _answer(answers, _judge(rewards, json.loads(line)))
     return 0
-
-
-def load_reward(name: str, target: str, options: Mapping[str, Any], *, timeout_s: float) -> Reward:
-    """The reward that is made by `target` (module:Class) with `options`. Raises ConfigError with the name if it cannot be."""
-    where = f"{name}: target={target}"
-    module, _, attribute = target.partition(":")
-    if not module or not attribute:
-        raise ConfigError(f"{where} must be module:Class, e.g. my_package.rewards:MyReward.")
-    try:
-        made_in = importlib.import_module(module)
-    except Exception as error:
-        raise ConfigError(
-            f"{where} cannot be imported ({_said(error)}); mend it or add its folder to PYTHONPATH."
-        ) from None
-    found = getattr(made_in, attribute, None)
-    if found is None:
-        raise ConfigError(f"{where}: the module has no {attribute}; name one of its classes.")
-    try:
-        reward = found(**options)
-    except Exception as error:
-        raise ConfigError(f"{where} with options={dict(options)}: {_said(error)}") from None
-    if not callable(reward):
-        raise ConfigError(f"{where} makes no reward: its instances need __call__(request) -> Score.")
-    least = getattr(reward, "least_timeout_s", 0.0)
-    if least >= timeout_s:
-        raise ConfigError(
-            f"{where} with options={dict(options)} may take {least:g} s, and its worker is killed after rl.reward_timeout_s="
-            f"{timeout_s:g}; raise that or lower the option."
-        )
-    return reward
 
 
 def _judge(rewards: dict[str, Reward], message: dict[str, Any]) -> dict[str, Any]:

@@ -19,64 +19,8 @@ from megatron_m1.rl.progress import Progress
 from megatron_m1.rl.rewards.exact import ExactReward
 from megatron_m1.rl.rewards.protocol import RewardRequest
 from megatron_m1.rl.samples import Facts, from_record, to_record
-from megatron_m1.rl.tasks import Task, TaskMix
+from megatron_m1.rl.tasks import Task
 from tests.unit.rl.loop_cases import fixed_samples, tiny_config
-
-
-@pytest.mark.parametrize("kind", ["sort", "addition"])
-def test_made_up_tasks_are_right_repeatable_and_held_out_ones_apart(kind):
-    source = TaskSource(kind, size=3)
-    tasks = TaskMix(RLConfig(tasks=[source]), seed=5)
-    train, held_out = ([tasks.task(i, held_out=h) for i in range(300)] for h in (False, True))
-    assert train == [TaskMix(RLConfig(tasks=[source]), seed=5).task(i) for i in range(300)]
-    assert train != [TaskMix(RLConfig(tasks=[source]), seed=6).task(i) for i in range(300)]
-    assert not {t.prompt for t in train} & {t.prompt for t in held_out} and len({t.prompt for t in held_out}) > 50
-    for task in train:
-        if kind == "sort":
-            digits = re.fullmatch(r"sort (\d{3}):", task.prompt)[1]
-            assert "".join(sorted(digits)) == task.task["answer"]
-        else:
-            a, b = re.fullmatch(r"(\d{3})\+(\d{3})=", task.prompt).groups()
-            assert int(task.task["answer"][::-1]) == int(a) + int(b) and len(task.task["answer"]) == 4
-
-
-def test_a_source_without_held_out_prompts_says_so():
-    tasks = TaskMix(RLConfig(tasks=[TaskSource("sort", size=1)]), seed=5)
-    assert tasks.task(0).task["answer"].isdigit()
-    with pytest.raises(ConfigError, match="has no prompt held out, such as 'sort"):
-        tasks.task(0, held_out=True)
-
-
-def test_sources_are_mixed_by_weight(tmp_path):
-    for name in ("train", "held_out"):
-        lines = [{"prompt": f"{name} {i}", "reward": "math", "task": {"answer": "1"}} for i in range(3)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    file = TaskSource("file", weight=3, path=f"{tmp_path}/train.jsonl", held_out_path=f"{tmp_path}/held_out.jsonl")
-    tasks = TaskMix(RLConfig(tasks=[file, TaskSource("sort")]), seed=1)
-    drawn = [tasks.task(i) for i in range(400)]
-    assert 0.68 < sum(task.reward == "math" for task in drawn) / 400 < 0.82
-    assert {t.prompt.split()[0] for t in (tasks.task(i, held_out=True) for i in range(50))} == {"held_out", "sort"}
-    assert set(tasks.rewards()) == {"exact", "math"}
-    with pytest.raises(ConfigError, match="share 3 prompts"):
-        TaskMix(RLConfig(tasks=[replace(file, held_out_path=file.path)]), seed=1)
-    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "reward": "vibes", "task": {}}\n')
-    with pytest.raises(ConfigError, match=r"train.jsonl:1: reward 'vibes' is unknown"):
-        TaskMix(RLConfig(tasks=[file]), seed=1)
-
-
-def test_curriculum_and_filter_choose_among_the_tasks():
-    sources = [TaskSource("sort", size=2), TaskSource("addition", size=1)]
-    points = [CurriculumPoint(0, [1.0, 0.0]), CurriculumPoint(10, [0.0, 2.0])]
-    tasks = TaskMix(RLConfig(tasks=sources, curriculum=points), seed=1)
-    assert all(tasks.task(i, step=0).prompt.startswith("sort") for i in range(50))
-    assert 60 < sum("+" in tasks.task(i, step=5).prompt for i in range(200)) < 140
-    assert all("+" in tasks.task(i, step=99).prompt for i in range(50))
-    assert {"+" in tasks.task(i, step=0, held_out=True).prompt for i in range(50)} == {True, False}
-    plain = [tasks.task(i).prompt for i in range(50)]
-    even = [tasks.task(i, wanted=lambda prompt: int(prompt[5]) % 2 == 0).prompt for i in range(50)]
-    assert all(int(prompt[5]) % 2 == 0 for prompt in even) and any(a != b for a, b in zip(plain, even))
-    assert all(a == b for a, b in zip(plain, even) if int(a[5]) % 2 == 0)
-    assert tasks.task(3, wanted=lambda prompt: False).prompt  # nothing is wanted: one is taken all the same
 
 
 def progress_config() -> Config:
