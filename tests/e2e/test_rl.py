@@ -33,7 +33,7 @@ from megatron_m1.rl.journal import Journal, read_journal
 from megatron_m1.rl.loop import main
 from megatron_m1.rl.packing import pack_samples
 from megatron_m1.rl.rewards.pool import RewardPool
-from megatron_m1.rl.rewards.protocol import RewardRequest, RewardResult
+from megatron_m1.rl.rewards.protocol import RewardRequest, RewardResult, Score
 from megatron_m1.rl.samples import Sample
 from megatron_m1.rl.schedule import PassRates
 from megatron_m1.rl.step_journal import StepJournal
@@ -291,7 +291,7 @@ def judges_nothing(rank: int, world: int, argv: list[str]) -> None:
     """The rl command with verifiers that would now say something else."""
 
     def score(self: RewardPool, requests: list[RewardRequest]) -> list[RewardResult]:
-        return [RewardResult(None, "judged twice", 0.0) for _ in requests]
+        return [RewardResult(Score(0.5), None, 0.0) for _ in requests]
 
     with mock.patch.object(RewardPool, "score", score):
         main(argv)
