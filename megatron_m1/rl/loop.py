@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_m1 import platform
@@ -205,6 +206,13 @@ def _warnings(config: Config, settings: LossSettings) -> list[str]:
         )
     if config.checkpoint.load is None:
         found.append("checkpoint.load=null: the policy starts from random weights.")
+    if config.rl.journal and config.rl.engine == "fast" and not platform.is_cuda():
+        threads, tensor = torch.get_num_threads(), config.parallel.tensor
+        if threads > 1 or tensor > 2:
+            found.append(
+                f"with {threads} threads and parallel.tensor={tensor} a run that goes on from rl.journal may end with other bits, the fast "
+                "engine's rounding then depending on what runs at the same time; OMP_NUM_THREADS=1 and parallel.tensor up to 2 prevent it."
+            )
     return found
 
 

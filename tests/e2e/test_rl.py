@@ -505,6 +505,20 @@ def test_who_waits_for_a_slow_verifier_is_idle(folder, ranks):
     )
 
 
+@pytest.mark.parametrize("rule", ["score", "drop"])
+def test_repetitive_responses_end_early_and_count_as_they_are_said_to(folder, ranks, rule):
+    """Any two tokens in a row are a repetition."""
+    stop = {"rl__repetition_tokens": 2, "rl__repetition_probability": 1e-9, "rl__repetitive": rule}
+    values = EVALUATED | {"training__steps": 1, "rl__held_out_prompts": 0, "rl__dynamic_sampling": "false"} | stop
+    ranks(1, rl_rank, options(folder, f"repetitive_{rule}", **values), timeout_s=120)
+    (step,) = metrics(folder, f"repetitive_{rule}").values()
+    records = sampled(folder / f"repetitive_{rule}/journal/step_00000001.replica_00000.jsonl")
+    stopped = sum(record["finish_reason"] == "stop_repetition" for record in records)
+    assert stopped > 20 and max(len(record["response"]) for record in records) == 2
+    assert step["repetitive_share"] == stopped / 32 and step["truncated_share"] == 0
+    assert step["kept"] == (32 if rule == "score" else 32 - stopped)
+
+
 def test_old_journals_go_with_the_checkpoints_that_need_them(folder, ranks):
     values = EVALUATED | {"training__steps": 3, "checkpoint__every_steps": 1, "checkpoint__keep": 1}
     ranks(1, rl_rank, options(folder, "pruned", **values), timeout_s=120)

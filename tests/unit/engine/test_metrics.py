@@ -84,9 +84,14 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 def test_tensorboard_has_every_number(tmp_path):
     with MetricsLog(config(tmp_path, tensorboard=True), rank=0) as log:
         log.step(STEP | {"layers": {"grad_norm": {"layer_000": 0.5}}}, show=False)
+        log.event({"event": "evaluation", "after_step": 3, "held_out": {"value": 0.25}}, at_step=3)
+        log.event({"event": "start", "from_step": 7})
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    expected = {key: value for key, value in STEP.items() if key != "step"} | {"layers/grad_norm/layer_000": 0.5}
+    expected = {key: value for key, value in STEP.items() if key != "step"} | {
+        "layers/grad_norm/layer_000": 0.5,
+        "held_out/value": 0.25,
+    }
     assert set(events.Tags()["scalars"]) == set(expected)
     for name, value in expected.items():
         (event,) = events.Scalars(name)

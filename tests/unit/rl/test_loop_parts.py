@@ -13,7 +13,7 @@ from megatron_m1.config.schema import Config, CurriculumPoint, RLConfig, TaskSou
 from megatron_m1.config.validate import validate_rl
 from megatron_m1.generation.blocks import BLOCK_TOKENS, blocks_for
 from megatron_m1.rl import page as page_module
-from megatron_m1.rl.loop import _shown, loss_settings, main
+from megatron_m1.rl.loop import _shown, _warnings, loss_settings, main
 from megatron_m1.rl.page import write_page
 from megatron_m1.rl.progress import Progress
 from megatron_m1.rl.rewards.exact import ExactReward
@@ -110,6 +110,21 @@ def test_what_cannot_run_is_refused(change, message):
         setattr(config.rl, name, value)
     with pytest.raises(ConfigError, match=message):
         validate_rl(config, 1)
+
+
+def test_warnings_where_a_resumed_run_may_have_other_bits(monkeypatch):
+    def warned(config: Config) -> bool:
+        return any("other bits" in warning for warning in _warnings(config, loss_settings(config.rl)))
+
+    monkeypatch.setattr("megatron_m1.platform.is_cuda", lambda: False)
+    for threads, tensor, expected in ((1, 1, False), (1, 2, False), (2, 1, True), (1, 4, True)):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        config = tiny_config({"tensor": tensor}, journal="somewhere")
+        assert warned(config) == expected
+        config.rl.engine = "reference"
+        assert not warned(config)
+        config.rl.engine, config.rl.journal = "fast", None
+        assert not warned(config)
 
 
 @pytest.mark.parametrize("replay", [True, False])

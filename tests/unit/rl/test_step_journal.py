@@ -9,7 +9,7 @@ from megatron_m1.config import ConfigError
 from megatron_m1.generation.requests import Sampling
 from megatron_m1.rl.journal import Journal, read_journal
 from megatron_m1.rl.rewards.protocol import RewardResult, Score
-from megatron_m1.rl.rollout import _fits, _of_task, _Plan
+from megatron_m1.rl.rollout import _fits, _make_folder, _of_task, _Plan
 from megatron_m1.rl.samples import Facts, Sample, counted_reward
 from megatron_m1.rl.step_journal import StepJournal, journal_path, remove_old_journals
 from megatron_m1.rl.tasks import Task
@@ -84,6 +84,14 @@ def test_one_message_for_a_journal_in_use_and_for_a_damaged_one(tmp_path):
             opened(path, writes=writes)
     with pytest.raises(ConfigError, match=r"rl.journal: .*/none/j.jsonl cannot be used: No such file or directory"):
         opened(tmp_path / "none/j.jsonl")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"rl.journal=.*/file/journal cannot be made: Not a directory; name another"):
+        _make_folder(str(tmp_path / "file/journal"))
+    _make_folder(str(tmp_path / "new/journal"))
+    assert (tmp_path / "new/journal").is_dir()
 
 
 def test_a_full_disk_is_told_when_the_ranks_are_out_of_the_pass(tmp_path, monkeypatch):
