@@ -1,4 +1,5 @@
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,10 +7,14 @@ import pytest
 import yaml
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_m1.config import Config, from_yaml, load_config
 from megatron_m1.config.layout import head_chunk_tokens
 from megatron_m1.config.schema import ParallelConfig, TrainingConfig
+from megatron_m1.engine.context_exchange import state_exchange
 from megatron_m1.engine.memory import estimate_memory, head_chunks, stage_layers
 from megatron_m1.model.transformer_config import core_config
 
@@ -108,8 +113,8 @@ def test_context_ranks_share_the_optimizer_and_the_tokens():
     # Each of 7 lightning layers keeps the states that entered its two chunks: 4 heads of 8 x 8 fp32 numbers.
     states = 2 * 4 * 8 * 8 * 4
     assert two.state == one.state and two.activations == one.activations / 2 + 7 * states
-    # 16-token blocks of K and V (2 x 2 heads x 8), twice, with fp32 gradients; states of two ranks, forward and backward.
-    assert one.buffers == 0 and two.buffers == 2 * (2 * 16 * 16) * (2 + 4) + 2 * 2 * states
+    # 16-token blocks of K and V (2 x 2 heads x 8), twice, with fp32 gradients; states of two ranks and three times their own.
+    assert one.buffers == 0 and two.buffers == 2 * (2 * 16 * 16) * (2 + 4) + (2 + 3) * states
 
 
 def test_keys_and_values_gathered_or_from_rank_to_rank():
@@ -124,6 +129,24 @@ def test_keys_and_values_gathered_or_from_rank_to_rank():
     long.training.seq_length = 2**22  # 2**27 numbers, 256 MiB
     assert estimate_memory(long, 4) == estimate_memory(with_method(long, "ring"), 4)
     assert estimate_memory(long, 4)[0].buffers < estimate_memory(with_method(long, "all_gather"), 4)[0].buffers
+
+
+class Live(TorchDispatchMode):
+    """`peak`: the most bytes of storages made by operations that were there at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.sizes:
+                storage = x.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
 
 
 def with_method(config, method):
@@ -145,8 +168,42 @@ def test_states_of_many_documents():
     assert held == pytest.approx(256 * 2**20, rel=0.01)
     # 35 of the 40 layers, with 10 of 5 chunks in flight at most: 9/5 of a micro-batch on the last stage.
     assert many.activations - one.activations == pytest.approx(9 / 5 * 35 * (held - 2 * state))
-    # Gathered from 32 ranks, twice, or handed on: 8 GiB would be gathered.
-    assert many.buffers - one.buffers == pytest.approx(6 * held - 2 * 32 * 2 * state)
+    # One is gathered from 32 ranks, many, of which that would bring 8 GiB, are handed on.
+    assert many.buffers - one.buffers == pytest.approx(4 * held - (32 + 3) * 2 * state)
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather"])
+def test_states_that_an_exchange_holds_at_its_peak(method):
+    """The exchange of a context-parallel rank, its storages counted; tokens so few that next to nothing but states is left."""
+    import torch
+
+    from benchmarks.fake_ranks import fake_rank
+    from megatron_m1.parallel import SequenceLayout
+    from megatron_m1.parallel.lightning_context import LightningContext
+
+    world, documents, length, heads, dim = 8, 8, 16, 2, 128
+    parallel = ParallelConfig(
+        context=world, context_layout="document", context_lightning=method, context_softmax="ring"
+    )
+    config = tiny()
+    config.model.num_attention_heads, config.model.head_dim, config.parallel = heads, dim, parallel
+    config.training.seq_length = documents * length
+    unpadded = length - (2 * world - 1) // 2 - 0.5
+    exchange = state_exchange(config, document_tokens=unpadded)
+    keys = 2 * documents * length / world * config.model.num_key_value_heads * dim
+    held = exchange.held_bytes
+    predicted = estimate_memory(config, world, document_tokens=unpadded)[0].buffers - 2 * keys * (2 + 4)
+    with fake_rank(3, world, parallel) as (groups, _):
+        edges = range(0, documents * length + 1, length)
+        layout = SequenceLayout.per_document(world=world, rank=3, cu_seqlens=list(edges))
+        slopes = torch.tensor([1e-4, 2e-4])
+        context = LightningContext(groups.cp, slopes.tolist(), method=method)
+        q, k, v = (torch.randn(1, layout.local_tokens, heads, dim, requires_grad=True) for _ in range(3))
+        with Live() as live:
+            context.start(q, k, v, slopes, layout)().sum().backward()
+    assert exchange.method == method and held == 2 * documents * heads * dim**2 * 4
+    # One of them is what the layer keeps.
+    assert predicted + held == pytest.approx(live.peak, rel=0.1)
 
 
 def test_recomputation_keeps_the_result_of_attention_over_context_ranks():
