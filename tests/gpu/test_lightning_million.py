@@ -58,7 +58,7 @@ def test_a_million_tokens() -> None:
             )  # fmt: skip
             for ours in found:
                 assert error_per_head(ours["last"][:, :, one], last[:, -256:], "o").max() <= BOUND, head
-                assert error_per_head(ours["final_state"][:, one], final, "state").max() <= 1e-3, head
+                assert error_per_head(ours["final_state"][:, one], final, "state").max() <= 1e-4, head
             continue
         index = slice(SAMPLED.index(head), SAMPLED.index(head) + 1)
         part, state = part.requires_grad_(), initial.detach()[:, one].double().requires_grad_()
@@ -78,6 +78,6 @@ def test_a_million_tokens() -> None:
                     ours["dqkv"][:, tokens, index].split(D, dim=-1), part.grad[:, tokens].split(D, dim=-1)
                 ):
                     assert error_per_head(actual, exact, "dq").max() <= BOUND
-            assert error_per_head(ours["final_state"][:, one], final.detach(), "state").max() <= 1e-3
-            assert error_per_head(ours["dinitial_state"][:, one], state.grad, "state").max() <= 1e-3
+            assert error_per_head(ours["final_state"][:, one], final.detach(), "state").max() <= 1e-4
+            assert error_per_head(ours["dinitial_state"][:, one], state.grad, "state").max() <= 1e-4
         del o, final, part, state
