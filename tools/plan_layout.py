@@ -4,10 +4,11 @@ python tools/plan_layout.py --gpus 512 --device H800 --seq-length 1048576 --glob
 python tools/plan_layout.py --gpus 256 --seq-length 32768 --layout 8/8/1/8/1/1     # one layout in detail, or why it fails
 python tools/plan_layout.py --config A.yaml --gpus 256 --layout config             # where time and memory of a preset go
 python tools/plan_layout.py --flops-curve                                         # against DeepSeek-R1
-Layouts are written TP/PP/CP/EP/ETP/VPP. Further options are configuration keys (--training.grad_reduce_dtype bf16); --config
-gives the model and everything else that is not searched. CPU only. The rates behind the times stand in
-megatron_m1/engine/rates.py with their sources; --rates FILE.json replaces any of them. What their sums were compared with, and how
-far off they were, is the last line of the output. In the table GiB is what a GPU needs with a fifth more for activations.
+Layouts are written TP/PP/CP/EP/ETP/VPP, and behind that the layers of a last stage that has fewer than the others. Further options
+are configuration keys (--training.grad_reduce_dtype bf16); --config gives the model and everything else that is not searched. CPU
+only. The rates behind the times stand in megatron_m1/engine/rates.py with their sources; --rates FILE.json replaces any of them. What
+their sums were compared with, and how far off they were, is the last line of the output. In the table GiB is what a GPU needs with a
+fifth more for activations.
 Exit code 1 if no layout fits (it then says what would), 2 for bad input.
 """
 
@@ -87,7 +88,9 @@ def parser() -> argparse.ArgumentParser:
         "--parallel.context_layout document their padding counts too",
     )
     parser.add_argument("--reserve-gib", type=float, default=RESERVE_GIB, help="left free on each GPU")
-    parser.add_argument("--layout", help="TP/PP/CP/EP/ETP/VPP, or `config` for the configuration's own: this one alone")
+    parser.add_argument(
+        "--layout", help="TP/PP/CP/EP/ETP/VPP[/last], or `config` for the configuration's own: this one alone"
+    )
     parser.add_argument("--top", type=int, default=10, help="layouts to show")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
@@ -132,14 +135,18 @@ def read(options: argparse.Namespace, rest: list[str]) -> tuple[Cluster, Config]
 
 
 def parse_layout(text: str, config: Config) -> ParallelConfig:
-    """TP/PP/CP/EP/ETP/VPP as a ParallelConfig; `config`: the configuration's own. Raises ConfigError."""
+    """TP/PP/CP/EP/ETP/VPP, with or without the layers of the last stage, as a ParallelConfig; `config`: the configuration's own.
+    Raises ConfigError."""
     if text == "config":
         return config.parallel
-    names = ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline")
+    names = ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual_pipeline", "last_stage_layers")
     sizes = text.split("/")
-    if len(sizes) != len(names) or not all(size.isdecimal() and int(size) for size in sizes):
-        raise ConfigError(f"--layout={text} must be six sizes TP/PP/CP/EP/ETP/VPP, such as 8/8/1/8/1/1, or config.")
-    chosen = dataclasses.replace(config.parallel, sequence=None)
+    if len(sizes) not in (6, 7) or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ConfigError(
+            f"--layout={text} must be six sizes TP/PP/CP/EP/ETP/VPP, such as 8/8/1/8/1/1, or seven with the layers of a smaller last "
+            "stage, such as 4/4/4/32/1/1/14, or config."
+        )
+    chosen = dataclasses.replace(config.parallel, sequence=None, last_stage_layers=None)
     for name, size in zip(names, sizes):
         setattr(chosen, name, int(size))
     return chosen

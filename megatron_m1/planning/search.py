@@ -4,13 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_m1.config import Config, ConfigError, derived, validate
 from megatron_m1.config.schema import CheckpointConfig, ParallelConfig
 from megatron_m1.engine.cluster import Cluster
 from megatron_m1.engine.flops import training_flops_per_token
 from megatron_m1.engine.memory import RESERVE_GIB, MemoryEstimate, estimate_memory
-from megatron_m1.engine.step_time import StepTime, step_time
+from megatron_m1.engine.step_time import StepTime, stage_seconds, step_time
 
 __all__ = [
     "MOST_DOUBLINGS",
@@ -90,15 +91,24 @@ class Search:
 def search(
     config: Config, cluster: Cluster, *, reserve_gib: float = RESERVE_GIB, document_tokens: int | None = None
 ) -> Search:
-    """Search over tensor (within a node), pipeline, context, expert, expert-tensor and virtual-pipeline sizes.
+    """Search over tensor (within a node), pipeline, context, expert, expert-tensor and virtual-pipeline sizes, and where it is faster
+    over layouts whose last stage has fewer layers.
 
     config gives everything else: the model, training.seq_length, global_batch, micro_batch, precision and gradient type, overlap.
     document_tokens: see `plan_layout`.
     """
     plans, refusals = [], []
     for parallel in _candidates(config, cluster):
-        found = plan_layout(config, cluster, parallel, reserve_gib=reserve_gib, document_tokens=document_tokens)
-        plans.append(found) if isinstance(found, Plan) else refusals.append(found)
+        limits: dict[str, Any] = {"reserve_gib": reserve_gib, "document_tokens": document_tokens}
+        found = plan_layout(config, cluster, parallel, **limits)
+        if isinstance(found, Refusal):
+            refusals.append(found)
+            continue
+        plans.append(found)
+        for last in _smaller_last_stages(found, cluster, document_tokens):
+            uneven = plan_layout(config, cluster, replace(parallel, last_stage_layers=last), **limits)
+            if isinstance(uneven, Plan) and uneven.time.total < found.time.total:
+                plans.append(uneven)
     plans.sort(key=lambda plan: (plan.time.total, plan.fullest.total))
     return Search(plans, refusals)
 
@@ -165,10 +175,11 @@ def padded(config: Config, document_tokens: int | None) -> Config:
 
 
 def layout_name(parallel: ParallelConfig) -> str:
-    """`TP/PP/CP/EP/ETP/VPP`, such as 8/8/1/8/1/1."""
+    """`TP/PP/CP/EP/ETP/VPP`, such as 8/8/1/8/1/1, and behind it the layers of a smaller last stage, such as 4/4/4/32/1/1/14."""
     expert_tensor = parallel.tensor if parallel.expert_tensor is None else parallel.expert_tensor
+    last = [] if parallel.last_stage_layers is None else [parallel.last_stage_layers]
     sizes = (parallel.tensor, parallel.pipeline, parallel.context, parallel.expert, expert_tensor)
-    return "/".join(map(str, (*sizes, parallel.virtual_pipeline)))
+    return "/".join(map(str, (*sizes, parallel.virtual_pipeline, *last)))
 
 
 def recompute_variants(config: Config) -> list[Config]:
@@ -197,10 +208,25 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
                                 sequence=None,
                                 pipeline=pipeline,
                                 virtual_pipeline=chunks,
+                                last_stage_layers=None,
                                 context=context,
                                 expert=expert,
                                 expert_tensor=expert_tensor,
                             )
+
+
+def _smaller_last_stages(even: Plan, cluster: Cluster, document_tokens: int | None) -> list[int]:
+    """The two sizes of the last stage, in layers, next to that with which it would take as long with the head as the others."""
+    parallel, layers = even.config.parallel, even.config.model.num_hidden_layers
+    others, chunks = parallel.pipeline - 1, parallel.virtual_pipeline
+    if not others:
+        return []
+    stages = stage_seconds(even.config, cluster, document_tokens=document_tokens)
+    head = stages[-1]["head"]
+    layer = (sum(sum(terms.values()) for terms in stages) - head) / layers
+    ideal = (layers - others * head / layer) / parallel.pipeline
+    usable = [n for n in range(chunks, layers // parallel.pipeline, chunks) if (layers - n) % (others * chunks) == 0]
+    return sorted(usable, key=lambda last: abs(last - ideal))[:2]
 
 
 def _needed(stages: list[MemoryEstimate]) -> float:

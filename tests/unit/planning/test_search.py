@@ -4,7 +4,7 @@ import pytest
 
 from megatron_m1.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_m1.engine.cluster import DEVICES
-from megatron_m1.engine.memory import ACTIVATION_MARGIN, estimate_memory
+from megatron_m1.engine.memory import ACTIVATION_MARGIN, estimate_memory, stage_layers
 from megatron_m1.engine.rates import Rates
 from megatron_m1.planning import Plan, Refusal, plan_layout, search
 from megatron_m1.planning.search import layout_name, padded, smallest_cluster
@@ -83,6 +83,24 @@ def test_experts_alone_are_recomputed_where_that_is_enough():
 def test_layouts_that_break_a_rule_say_which(sizes, rule, reason):
     refused = plan_layout(CONFIG, CLUSTER, ParallelConfig(**sizes))
     assert isinstance(refused, Refusal) and refused.rule == rule and reason in refused.reason
+
+
+def test_last_stages_shrink_until_their_head_is_made_up_for():
+    # A head that costs as much as several layers: of 8 layers on 2 stages the last takes fewer, on 1 there is nothing to choose.
+    model = replace(MODEL, num_hidden_layers=8, attn_type_list=[0] * 8, vocab_size=32768)
+    config = replace(CONFIG, model=model)
+    found = {layout_name(plan.config.parallel): plan for plan in search(config, CLUSTER).plans}
+    even, uneven = (
+        found[name] for name in ("1/2/2/1/1/1", min(name for name in found if name.startswith("1/2/2/1/1/1/")))
+    )
+    assert uneven.time.imbalance < even.time.imbalance and uneven.time.total < even.time.total
+    assert [len(stage_layers(uneven.config, stage)) for stage in (0, 1)] == [
+        8 - uneven.config.parallel.last_stage_layers, uneven.config.parallel.last_stage_layers,
+    ]  # fmt: skip
+    every = [plan_layout(config, CLUSTER, replace(even.config.parallel, last_stage_layers=n)) for n in range(1, 8)]
+    best = min(every, key=lambda plan: plan.time.total)
+    assert any(name.startswith("1/2/2/1/1/1/") and found[name].time == best.time for name in found)
+    assert not any(name.count("/") == 6 and name.split("/")[1] == "1" for name in found)
 
 
 def test_smallest_cluster_is_the_first_doubling_that_fits():
