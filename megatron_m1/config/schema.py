@@ -393,7 +393,7 @@ class RLConfig:
     held_out_every_steps: int = 0
     journal: str | None = None
     """Directory of the journals, one per step or evaluation and replica, that keep every sample and verdict; a resumed run takes those
-    that are finished from there."""
+    that are finished from there. After a change of a reward's code name another one."""
     journal_keep: int | None = None
     """Journals older than so many steps before the newest checkpoint are deleted. None: those that no checkpoint kept by
     `checkpoint.keep` needs; with keep=0 none are."""
