@@ -1,13 +1,14 @@
 """What several operators ask of their arguments. Nothing here waits for a GPU: values are looked at on the CPU alone."""
 
 import itertools
+from collections.abc import Mapping
 
 import torch
 
 __all__ = ["check_devices", "check_slopes", "document_edges"]
 
 
-def check_devices(**tensors: torch.Tensor | None) -> None:
+def check_devices(tensors: Mapping[str, torch.Tensor | None]) -> None:
     """Raises ValueError unless the tensors that are given lie on one device."""
     given = {name: x.device for name, x in tensors.items() if x is not None}
     if len(set(given.values())) > 1:

@@ -70,7 +70,7 @@ def _check(q, k, v, state, slopes, active, slots) -> None:
             f"q {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)}, v {v.dtype} {tuple(v.shape)} "
             "must share one dtype and one shape [B, H, D]"
         )
-    check_devices(q=q, k=k, v=v, state=state, slopes=slopes, active=active, slots=slots)
+    check_devices({"q": q, "k": k, "v": v, "state": state, "slopes": slopes, "active": active, "slots": slots})
     batch, heads, dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = batch if slots is None else state.shape[0]

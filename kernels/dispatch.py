@@ -185,7 +185,7 @@ def lightning_attention_read(
     (do, states) transposed, that of the states is `lightning_attention_state` of (q, do) with `reverse` the other way.
     """
     _check(q, q, q, slopes, states, cu_seqlens)
-    check_devices(q=q, out=out)
+    check_devices({"q": q, "out": out})
     if out.shape != q.shape or out.dtype != q.dtype:
         raise ValueError(f"out {out.dtype} {tuple(out.shape)} must be like q, {q.dtype} {tuple(q.shape)}")
     chosen = choose("lightning_attention_read", READ_IMPLEMENTATIONS, implementation, q)
@@ -210,7 +210,8 @@ def _check(q, k, v, slopes, initial_state, cu_seqlens) -> None:
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must share one shape [B, T, H, D]; "
             "lightning attention has as many key and value heads as query heads"
         )
-    check_devices(q=q, k=k, v=v, slopes=slopes, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    given = {"q": q, "k": k, "v": v, "slopes": slopes, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    check_devices(given)
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
             f"q {q.dtype}, k {k.dtype}, v {v.dtype} must share one dtype of bf16, fp16, fp32, fp64; cast them"

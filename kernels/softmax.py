@@ -139,7 +139,7 @@ def _check(q, k, v, cu_seqlens) -> None:
         raise ValueError(
             f"q {tuple(q.shape)} must be [B, T, Hq, D] and k {tuple(k.shape)}, v {tuple(v.shape)} [B, Tk, Hkv, D]"
         )
-    check_devices(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    check_devices({"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens})
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{k.shape[2]} key/value heads must divide {q.shape[2]} query heads")
     if q.shape[1] > k.shape[1]:

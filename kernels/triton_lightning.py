@@ -13,7 +13,7 @@ One sweep, in either direction of time, computes all four outputs, s being the h
 import triton
 import triton.language as tl
 
-__all__ = ["local_states", "scan_states", "sweep", "zero_padding"]
+__all__ = ["LOG2_E"]
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
