@@ -13,6 +13,7 @@ from megatron_m1.rl.rollout import _fits, _make_folder, _of_task, _Plan
 from megatron_m1.rl.samples import Facts, Sample, counted_reward
 from megatron_m1.rl.step_journal import StepJournal, journal_path, remove_old_journals
 from megatron_m1.rl.tasks import Task
+from megatron_m1.rl.update import _advantages
 from tests.unit.rl.loop_cases import fixed_samples, tiny_config
 
 
@@ -159,6 +160,10 @@ def test_responses_cut_off_and_repetitive_ones_count_as_they_are_said_to():
             found = {name: counted_reward(fact, rl) for name, fact in facts.items()}
             assert found == dict.fromkeys(facts, 0.5) | {reason: value}
     assert counted_reward(replace(facts["length"], reward=None), tiny_config(truncated="zero").rl) is None
+    for key, reason in (("truncated", "length"), ("repetitive", "stop_repetition")):
+        pair = [replace(facts[reason], reward=1.0), replace(facts["eos"], reward=0.0)]
+        assert _advantages(pair, tiny_config(**{key: "score"}).rl).tolist() == [1.0, -1.0]
+        assert _advantages(pair, tiny_config(**{key: "zero"}).rl).tolist() == [0.0, 0.0]
 
 
 def test_a_sample_of_other_settings_does_not_fit(tmp_path):
