@@ -3,7 +3,7 @@
 Against a block loop as in transformers' MiniMax (blocks of 256 tokens, plain autograd) and, for scale, causal
 scaled_dot_product_attention up to 4096 tokens; float32, from a packed qkv, without and with its SiLU, forward without
 gradients and forward + backward. Medians of `--repeats` (two, of calls that take seconds), the least beside them, the
-implementations taking turns, so that their ratio bears other load on the machine.
+implementations taking turns, so that their ratio bears other load on the machine; `--clock cpu --threads 1` bears more of it.
 The floor is the matrix products of the chunked algorithm,
 4CD + 4D^2 flops per token and head forward and 10CD + 10D^2 backward, at the rate of a large square product in this run.
 Writes kernels/results/lightning_cpu.json.
@@ -34,6 +34,8 @@ BLOCK = 256
 FLASH_MOST_TOKENS = 4096
 ENOUGH_S = 15.0  # after which the repeats of one row end
 Attention = Callable[[torch.Tensor], torch.Tensor]
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 MEASURES = ("forward", "forward+backward")
 
 
@@ -44,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: of the process, for a machine with other load"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=reports.default_path("lightning", "cpu"))
     options = parser.parse_args(arguments)
@@ -54,11 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hardware=reports.hardware("cpu"),
         versions=versions("torch"),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        ceilings={"matmul_flop_per_s": matmul_rate(options.repeats)},
+        ceilings={"matmul_flop_per_s": matmul_rate(options.repeats, CLOCKS[options.clock])},
     )
     for dim in options.head_dim:
         for tokens in options.tokens:
-            report.rows += rows(tokens, options.heads, dim, options.repeats, report.ceilings)
+            report.rows += rows(tokens, options.heads, dim, options.repeats, report.ceilings, CLOCKS[options.clock])
             report.save(options.output)
     report.hardware["load at end"] = round(os.getloadavg()[0], 1)
     report.save(options.output)
@@ -67,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def rows(tokens: int, heads: int, dim: int, repeats: int, ceilings: dict[str, float]) -> list[Row]:
+def rows(tokens: int, heads: int, dim: int, repeats: int, ceilings: dict[str, float], clock: Clock) -> list[Row]:
     """Forward, and forward + backward, of every implementation at one shape."""
     torch.manual_seed(0)
     decay = layer_slopes(heads, 0, 8)
@@ -94,7 +99,7 @@ def rows(tokens: int, heads: int, dim: int, repeats: int, ceilings: dict[str, fl
         for measure in MEASURES:
             calls = {name: call(measure, attention, qkv, gradient) for name, attention in implementations.items()}
             floor = floor_flops(measure, tokens, heads, dim) / ceilings["matmul_flop_per_s"]
-            for name, seconds in times(calls, repeats).items():
+            for name, seconds in times(calls, repeats, clock).items():
                 row = Row(section, measure, name, tokens, heads, dim, repeats=len(seconds))
                 row = replace(row, ms=1e3 * statistics.median(seconds), least_ms=1e3 * min(seconds))
                 found.append(row if name == "torch flash" else replace(row, floor_ms=1e3 * floor))
@@ -127,9 +132,7 @@ def floor_flops(measure: str, tokens: int, heads: int, dim: int) -> int:
     return tokens * heads * (inside * chunk * dim + across * dim**2)
 
 
-def times(
-    calls: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+def times(calls: dict[str, Callable[[], None]], repeats: int, clock: Clock) -> dict[str, list[float]]:
     """Seconds of each call, in turns: after one to warm up `repeats`, or two if those take ENOUGH_S together."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -142,10 +145,10 @@ def times(
     return {name: measured[1:] for name, measured in taken.items()}
 
 
-def matmul_rate(repeats: int, size: int = 1024) -> float:
+def matmul_rate(repeats: int, clock: Clock, size: int = 1024) -> float:
     """Flops per second of one float32 [size, size] product."""
     a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-    return 2 * size**3 / min(times({"": lambda: torch.mm(a, b, out=c)}, 4 * repeats)[""])
+    return 2 * size**3 / min(times({"": lambda: torch.mm(a, b, out=c)}, 4 * repeats, clock)[""])
 
 
 def block_tables(decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

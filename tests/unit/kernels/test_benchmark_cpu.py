@@ -1,5 +1,6 @@
 """The CPU benchmark: its peer is transformers' loop, its floor and its turns are counted right, its file is written."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_calls_take_turns() -> None:
     taken = benchmark_cpu.times({"a": call("a"), "b": call("b")}, 2, lambda: now)
     assert taken == {"a": pytest.approx([2.0, 1.0]), "b": pytest.approx([0.5, 0.7])}
     assert order == ["a", "b"] * 3
+
+
+def test_the_cpu_clock_stands_still_while_others_run() -> None:
+    taken = {
+        name: benchmark_cpu.times({"": lambda: time.sleep(0.2)}, 1, clock)[""]
+        for name, clock in benchmark_cpu.CLOCKS.items()
+    }
+    assert taken["wall"][0] >= 0.2 > 0.1 > taken["cpu"][0]
 
 
 @pytest.mark.parametrize("measure, flops", [("forward", 4 + 4), ("forward+backward", 14 + 14)])
