@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, Float
+from sympy import Basic, Eq, FiniteSet, Float
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 
 from megatron_m1.rl.rewards.extract import after_thinking, last_boxed
 from megatron_m1.rl.rewards.limited import limited
@@ -25,8 +26,8 @@ class MathReward:
     """1 if the response's final box equals task["answer"] (LaTeX or plain, without a box), else 0.
 
     math-verify (0.9.0) is given our box alone, as LaTeX without a fallback: left to search, it merges boxes into a set and
-    takes the last number of a sentence. It takes (1, 2) for {1, 2} and `5 = 4` for 4: brackets of another kind and
-    equations between numbers that differ are refused here.
+    takes the last number of a sentence. It takes (1, 2) for {1, 2}, {1, 2} for 1 < x < 2 and `5 = 4` for 4: brackets of
+    another kind, lists for inequalities and equations between numbers that differ are refused here.
     A box can ask for any amount of work (towers of powers), and math-verify's own time limits are alarms, which big integers
     ignore: it is parsed and compared in a forked process. A box longer than max_chars, that cannot be parsed, or that takes
     longer than compare_s (by default 4 s, or half of the pool's time if that is less) is wrong; a reference that
@@ -64,7 +65,7 @@ def _compared(reference: str, gold: list, box: str) -> tuple[bool, bool]:
     """(the box can be parsed, it is right)"""
     said = _parse(box, strict=False)
     brackets = {_bracket(reference), _bracket(box)} - {None}
-    if not said or len(brackets) == 2:
+    if not said or len(brackets) == 2 or (_inequality(gold[0]) and isinstance(said[0], FiniteSet)):
         return bool(said), False
     right = verify(gold, said, timeout_seconds=None, raise_on_error=True)
     return True, right and all(_agree(a, b) for a, b in _equations(box, said))
@@ -84,6 +85,10 @@ def _bracket(answer: str) -> str | None:
         if depth == 0:
             return text[0] if at == len(text) - 1 else None
     return None
+
+
+def _inequality(expression: object) -> bool:
+    return isinstance(expression, Basic) and any(not isinstance(r, Eq) for r in expression.atoms(Relational))
 
 
 def _equations(box: str, said: list) -> Iterator[tuple[Basic, Basic]]:

@@ -128,6 +128,12 @@ def test_format(response, options, value):
         (r"\boxed{x \in (1, 2)}", "(1,2)", 1),
         (r"\boxed{(1,2), (3,4)}", r"\{(1,2), (3,4)\}", 1),
         (r"\boxed{(f(1), 2) + (0, 1)}", "3", 0),
+        (r"\boxed{\{1,2\}}", "1<x<2", 0),
+        (r"\boxed{x=1, y=2}", "1<x<2", 0),
+        (r"\boxed{(1,2)}", "1<x<2", 1),
+        (r"\boxed{x \in (1,2)}", "1<x<2", 1),
+        (r"\boxed{1<x<2}", r"\{1,2\}", 0),
+        (r"\boxed{x=1,\ x=2}", r"\{1,2\}", 1),
         # equations that are false
         (r"\boxed{5=4}", "4", 0),
         (r"\boxed{3 = 4}", "4", 0),
