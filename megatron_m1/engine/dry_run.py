@@ -226,7 +226,7 @@ def _warnings(config: Config, world_size: int) -> str:
             "increments below 1/256 of the sum; use fp32, more data-parallel ranks or a larger training.micro_batch."
         )
     method = config.parallel.context_softmax
-    if config.parallel.context > 1 and method == "transformer_engine":
+    if config.parallel.context > 1 and method == "transformer_engine" and not _installed("transformer_engine"):
         lines.append(
             "parallel.context_softmax=transformer_engine needs Transformer Engine, which is not installed here; install "
             "transformer-engine[pytorch] 2.2 or later where the run starts, or use auto, ring or all_gather."
