@@ -9,6 +9,7 @@ from m1_kernels import lightning_attention, triton_attention
 from m1_kernels.triton_attention import CHUNK, lightning_state_triton
 
 from tests.gpu.lightning_checks import DEVICE, Inputs, assert_same_bits, make_inputs, triton
+from tests.unit.kernels.checks import Guards
 
 pytestmark = pytest.mark.gpu
 
@@ -115,3 +116,18 @@ def test_views_of_the_packed_projection_are_read_in_place() -> None:
     before = torch.cuda.memory_allocated()
     lightning_attention(q, k, v, inputs.decay, implementation="triton", strategy="fused")
     assert torch.cuda.max_memory_allocated() - before < 1.01 * q.numel() * q.element_size()
+
+
+@pytest.mark.parametrize("strategy", ["fused", "segmented", "auto"])
+@pytest.mark.parametrize("edges", [[0, 20_000], [0, 640, 300, 9000], [100, 1500], [-7, 700, 1300], [3000, 4000]])
+def test_wrong_edges_lead_out_of_no_tensor(edges: list[int], strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors have numbers on both sides that must stay; what lies before the first document and behind the last is zero."""
+    guards, tokens = Guards(4 * HEADS * D * D), 1600
+    monkeypatch.setattr(triton_attention, "torch", guards.module())
+    documents = len(edges) - 1
+    inputs = make_inputs(tokens, HEADS, D, torch.bfloat16, documents=(tokens // documents,) * documents)
+    found = triton(replace(inputs, edges=torch.tensor(edges, dtype=torch.int32, device=DEVICE)), strategy)
+    guards.assert_untouched(tensors=6)
+    first, last = (min(max(edge, 0), tokens) for edge in (edges[0], edges[-1]))
+    for name in ("o", "dq", "dk", "dv"):
+        assert not found[name][:, :first].any() and not found[name][:, last:].any(), name

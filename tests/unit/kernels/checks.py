@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import math
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -115,3 +117,28 @@ def assert_matches_oracle(operator: Callable[..., object], case: Case, bound: fl
         errors = head_errors(actual[name], expected, head_dim)
         assert torch.isfinite(actual[name]).all(), f"{name} is not finite"
         assert errors.max() <= bound, f"relative error of {name} per head {errors.tolist()} exceeds {bound}"
+
+
+class Guards:
+    """Stands in for torch in a module: what it gets from torch.empty has numbers on both sides that must stay."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.tensors: list[torch.Tensor] = []
+
+    def module(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(**{**vars(torch), "empty": self._empty})
+
+    def _empty(self, *shape, **options) -> torch.Tensor:
+        shape = shape if isinstance(shape[0], int) else shape[0]
+        count = math.prod(shape)
+        self.tensors.append(torch.full((count + 2 * self.width,), 777.0, **options))
+        return self.tensors[-1][self.width : self.width + count].view(shape)
+
+    def assert_untouched(self, *, tensors: int) -> None:
+        """There were at least so many tensors, and nothing was written beside any."""
+        assert len(self.tensors) >= tensors
+        for x in self.tensors:
+            # bfloat16 holds another number than 777.
+            written = torch.cat([x[: self.width], x[len(x) - self.width :]])
+            assert (written == torch.full_like(written[:1], 777.0)).all()

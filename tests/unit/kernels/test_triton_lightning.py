@@ -2,7 +2,9 @@
 
 import functools
 import math
-import types
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +15,7 @@ from m1_kernels.chunked import lightning_attention_chunked
 from m1_kernels.triton_attention import CHUNK, lightning_state_triton
 from m1_kernels.triton_states import read_states_triton
 
-from tests.unit.kernels.checks import Case, Inputs, assert_matches_oracle, head_errors, make_inputs, oracle, run
+from tests.unit.kernels.checks import Case, Guards, Inputs, assert_matches_oracle, head_errors, make_inputs, oracle, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT32_BOUND = 1e-6
@@ -281,14 +283,8 @@ def test_auto_in_spans_matches_the_oracle(documents: tuple[int, ...] | None, mon
 @pytest.mark.parametrize("edges", [[0, 20_000], [0, 64, 30, 9000], [10, 150], [10, 5, 150], [-7, 70, 130], [300, 400]])
 def test_wrong_edges_lead_out_of_no_tensor(edges: list[int], strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards around every tensor that the kernels write keep their numbers; the kernels cannot refuse such edges on a GPU."""
-    guard, guarded = 4 * CHUNK * 256, []
-
-    def empty(shape, **options) -> torch.Tensor:
-        count = math.prod(shape)
-        guarded.append(torch.full((count + 2 * guard,), 777.0, **options))
-        return guarded[-1][guard : guard + count].view(shape)
-
-    monkeypatch.setattr(triton_attention, "torch", types.SimpleNamespace(**{**vars(torch), "empty": empty}))
+    guards = Guards(4 * CHUNK * 256)
+    monkeypatch.setattr(triton_attention, "torch", guards.module())
     tokens, documents = 160, len(edges) - 1
     qkv = torch.randn(1, tokens, 1, 48, device=DEVICE, requires_grad=True)
     initial = torch.randn(documents, 1, 16, 16, device=DEVICE, requires_grad=True)
@@ -297,9 +293,7 @@ def test_wrong_edges_lead_out_of_no_tensor(edges: list[int], strategy: str, monk
         cu_seqlens=torch.tensor(edges, dtype=torch.int32, device=DEVICE), strategy=strategy,
     )  # fmt: skip
     torch.autograd.backward([o, final], [torch.ones_like(o), torch.ones_like(final)])
-    assert len(guarded) >= 6
-    for x in guarded:
-        assert (x[:guard] == 777).all() and (x[len(x) - guard :] == 777).all()
+    guards.assert_untouched(tensors=6)
     if edges == sorted(edges):
         inside = [min(max(edge, 0), tokens) for edge in edges]
         # What is no document's is zero, in front as behind, and all is written.
@@ -467,3 +461,16 @@ def test_packed_projection_with_silu_matches_separate_operators() -> None:
 
     for ours, expected in zip(results(DEVICE, "triton"), results("cpu", "torch"), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_are_compiled_once_for_packs_of_all_sizes() -> None:
+    """Not again where the number of tokens or documents is 1 or a multiple of 16. Asked in a process that interprets no kernel."""
+    code = """
+from m1_kernels.gluon_lightning import sweep as specialised
+from m1_kernels.triton_lightning import local_states, scan_states, sweep, zero_padding
+from m1_kernels.triton_states import _read_states
+for kernel in (specialised, local_states, scan_states, sweep, zero_padding, _read_states):
+    sizes = [parameter for parameter in kernel.params if parameter.name in ("T", "documents")]
+    assert sizes and all(parameter.do_not_specialize for parameter in sizes), kernel
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
