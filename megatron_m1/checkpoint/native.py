@@ -113,9 +113,10 @@ def check_save_folder(checkpoint: CheckpointConfig) -> None:
     pointer = save / folders.LATEST
     from_step_0 = checkpoint.load is None or checkpoint.weights_only
     if from_step_0 and pointer.exists():
+        fresh = ", with checkpoint.weights_only=false" if checkpoint.weights_only else ""
         raise ConfigError(
             f"checkpoint.save={checkpoint.save} holds the steps of another run (newest: {pointer.read_text().strip()}), which a "
-            "run from step 0 would replace; set checkpoint.load to it to continue that run, or checkpoint.save to another folder."
+            f"run from step 0 would replace; set checkpoint.load to it to continue that run{fresh}, or checkpoint.save to another folder."
         )
 
 

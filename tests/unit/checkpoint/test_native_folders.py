@@ -121,3 +121,13 @@ def test_a_save_folder_that_cannot_be_written_to_is_found_at_the_start(tmp_path)
 def point(root: Path, name: str) -> Path:
     (root / "latest").write_text(name)
     return root
+
+
+def test_a_run_from_step_0_never_replaces_steps_and_says_how_to_continue(tmp_path):
+    save(tmp_path / "run", 3)
+    ours, start = str(tmp_path / "run"), str(tmp_path / "start")
+    with pytest.raises(ConfigError, match=r"newest: step_00000003.* to continue that run, or checkpoint\.save to"):
+        check_save_folder(CheckpointConfig(save=ours))
+    with pytest.raises(ConfigError, match=r"to continue that run, with checkpoint\.weights_only=false, or"):
+        check_save_folder(CheckpointConfig(save=ours, load=start, weights_only=True))
+    check_save_folder(CheckpointConfig(save=ours, load=ours))
