@@ -28,8 +28,7 @@ class Rates:
     """Fitted."""
     softmax_context: float = 1.67
     """Seconds of attention block by block over context-parallel ranks over those of one kernel, fitted at 1M to a layer on a ring of 16
-    (alone 1.61) and a whole rank on one of 32 (alone 1.73), of version a871f37. Its blocks were flash attention's; those of cuDNN, which
-    long dense blocks have taken since, are not measured."""
+    (alone 1.61) and a whole rank on one of 32 (alone 1.73), of version a871f37, whose blocks are flash attention's."""
     fp32_tflops: float = 52.3
     """The head without TF32, fitted to what the last stage takes longer than the one before it; the data sheet has 67."""
     copy_share: float = 4.3 / 4.8
