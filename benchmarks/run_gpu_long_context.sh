@@ -10,11 +10,11 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments
 mkdir -p "$OUT"
 failed=0
 
-# any_rank NAME SECONDS_PER_RANK ROUNDS: one rank of each distinct stage.
+# any_rank NAME RANKS SECONDS_PER_RANK ROUNDS: one rank of each distinct stage, so many in all.
 any_rank() {
-  local left=$(((LIMIT_S - SECONDS - 10) / 2))
+  local left=$(((LIMIT_S - SECONDS - 10) / $2))
   "$PYTHON" -m benchmarks.any_rank --config examples/configs/m1_456b.yaml --config "examples/configs/m1_456b_$1.yaml" \
-    --world-size 512 --micro-batches 4 --rounds "$3" --time-limit-s $((left < $2 ? left : $2)) \
+    --world-size 512 --micro-batches 4 --rounds "$4" --time-limit-s $((left < $3 ? left : $3)) \
     --output "$OUT/any_rank_$1.json" || failed=1
 }
 
@@ -28,9 +28,9 @@ layers() {
 for part in "$@"; do
   echo "== $part at $SECONDS s"
   case $part in
-    any_rank_32k) any_rank 32k_512gpu 100 3 ;;
+    any_rank_32k) any_rank 32k_512gpu 3 70 3 ;;
     layers) layers ;;
-    any_rank_1m) any_rank 1m_512gpu 150 1 ;;
+    any_rank_1m) any_rank 1m_512gpu 2 150 1 ;;
     *) echo "no part $part: any_rank_32k, layers, any_rank_1m" >&2; exit 2 ;;
   esac
 done
