@@ -90,7 +90,14 @@ def _step_kernel(
 
 def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
     """(name, kernel, signature, constexprs, options) of every kernel at M1's shapes, for offline compilation; see `triton_norm`."""
-    types = {"state": "*fp32:16", "slopes": "*fp32:16", "active": "*i1:16", "slots": "*i32:16", "heads": "i32:16", "rows": "i32"}
+    types = {
+        "state": "*fp32:16",
+        "slopes": "*fp32:16",
+        "active": "*i1:16",
+        "slots": "*i32:16",
+        "heads": "i32:16",
+        "rows": "i32",
+    }
     cases = []
     for dim, dtype, given in ((128, "bf16", {"active": None, "slots": None}), (128, "bf16", {}), (256, "fp32", {})):
         constants: dict[str, object] = {"D": dim, "BLOCK_K": dim, "BLOCK_V": BLOCK_V, "SILU": bool(given), **given}
