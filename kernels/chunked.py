@@ -20,6 +20,8 @@ __all__ = ["chunk_size", "lightning_attention_chunked", "lightning_attention_pac
 GROUP_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 # Tokens of a segment, rows of the batch together. CPU: at which a group holds a few heads; CUDA: as GROUP_ELEMENTS.
 SEGMENT_TOKENS = {"cpu": 2048, "cuda": 1 << 17}
+KEPT_TOKENS = {"cpu": 2048, "cuda": 0}
+"""Up to so many tokens, rows of the batch together, the states of chunks are kept for the backward: memory for products and a scan."""
 
 
 def lightning_attention_chunked(
@@ -34,7 +36,8 @@ def lightning_attention_chunked(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """o [B, T, H, D], or (o, final_state [S, H, D, D]); arguments as in `lightning_attention`.
 
-    Saves its inputs for the backward, and of a dense sequence the state at every SEGMENT_TOKENS. Linear in T.
+    Saves its inputs for the backward, and of a dense sequence the state at every SEGMENT_TOKENS, up to KEPT_TOKENS at every chunk.
+    Linear in T.
     """
     o, final_state = _run((q, k, v), slopes, initial_state, cu_seqlens, return_final_state, activate=False)
     return (o, final_state) if return_final_state else o
@@ -65,8 +68,11 @@ def _run(inputs: tuple[torch.Tensor, ...], slopes, initial_state, cu_seqlens, re
     if documents:
         # A pack of equal documents is a dense batch, which needs no gathering into chunks.
         inputs, cu_seqlens = tuple(x[0].unflatten(0, (documents, -1)) for x in inputs), None
-    segments = _segments(_apart(inputs)[0], cu_seqlens)
-    o, final_state = _Chunked.apply(slopes, initial_state, segments, return_final_state, activate, *inputs)
+    q = _apart(inputs)[0]
+    segments = _segments(q, cu_seqlens)
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (initial_state, *inputs))
+    keeping = learning and q.shape[0] * q.shape[1] <= KEPT_TOKENS[q.device.type]
+    o, final_state = _Chunked.apply(slopes, initial_state, segments, return_final_state, activate, keeping, *inputs)
     return (o.flatten(0, 1).unsqueeze(0) if documents else o), final_state
 
 
@@ -127,13 +133,14 @@ class _Decays:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, slopes, initial_state, segments, return_final_state: bool, activate: bool, *inputs):
+    def forward(ctx, slopes, initial_state, segments, return_final_state: bool, activate: bool, keeping: bool, *inputs):
         ctx.set_materialize_grads(False)
         q, k, v = _apart(inputs)
         dtype = _compute_dtype(q)
         heads, dim = q.shape[2:]
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         entered = [initial_state]
+        kept: list[torch.Tensor | None] = []
         for index, (span, grid) in enumerate(segments):
             initial, final_state = entered[-1], None
             if return_final_state or index + 1 < len(segments):
@@ -144,9 +151,10 @@ class _Chunked(torch.autograd.Function):
                 qs, ks, vs = (grid.gather(x[:, span, group], dtype, activate=activate) for x in (q, k, v))
                 decays = _Decays.of(slopes[group], grid, dtype)
                 states = (_heads_of(x, group, dtype) for x in (initial, final_state))
-                _forward_heads(qs, ks, vs, decays, grid, o[:, span, group], *states)
+                found = _forward_heads(qs, ks, vs, decays, grid, o[:, span, group], *states)
+                kept.append(found if keeping else None)
             entered.append(final_state)
-        ctx.save_for_backward(slopes, *inputs, *entered[:-1])
+        ctx.save_for_backward(slopes, *inputs, *entered[:-1], *kept)
         ctx.segments, ctx.activate, ctx.input_count = segments, activate, len(inputs)
         return o, entered[-1] if return_final_state else None
 
@@ -154,37 +162,44 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dfinal):
         slopes, *rest = ctx.saved_tensors
-        inputs, entered = tuple(rest[: ctx.input_count]), rest[ctx.input_count :]
+        inputs, rest = tuple(rest[: ctx.input_count]), rest[ctx.input_count :]
+        entered, kept = rest[: len(ctx.segments)], rest[len(ctx.segments) :]
         q, k, v = _apart(inputs)
         dtype = _compute_dtype(q)
         do = torch.zeros_like(q) if do is None else do
         grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
         exit_grad = dfinal
-        for (span, grid), initial in reversed(list(zip(ctx.segments, entered, strict=True))):
+        for index in reversed(range(len(ctx.segments))):
+            (span, grid), initial = ctx.segments[index], entered[index]
             entry_grad = None
             if initial is not None:
                 entry_grad = torch.zeros_like(initial)
                 if exit_grad is not None:
                     entry_grad.copy_(exit_grad)
-            for group in _head_groups(q.shape[2], grid, q.device):
+            groups = _head_groups(q.shape[2], grid, q.device)
+            for group, known in zip(groups, kept if len(ctx.segments) == 1 else [None] * len(groups), strict=True):
                 qkv = [x[:, span, group] for x in (q, k, v)]
                 chunks = [grid.gather(x, dtype, activate=ctx.activate) for x in qkv]
                 dos = grid.gather(do[:, span, group], dtype)
                 decays = _Decays.of(slopes[group], grid, dtype)
                 states = (_heads_of(x, group, dtype) for x in (initial, exit_grad))
                 dinitial = None if entry_grad is None else entry_grad[:, group]
-                found = _backward_heads(*chunks, dos, decays, grid, *states, dinitial)
+                found = _backward_heads(*chunks, dos, decays, grid, *states, dinitial, known)
                 for grad, x, out in zip(found, qkv, _apart(grads), strict=True):
                     grid.scatter(grad, out[:, span, group], before=x if ctx.activate else None)
             exit_grad = entry_grad
-        return None, exit_grad, None, None, None, *grads
+        return None, exit_grad, None, None, None, None, *grads
 
 
-def _forward_heads(q, k, v, decays, grid, o, initial, final_state) -> None:
-    """Write o and final_state of some heads. q, k, v: [N, h, C, D], overwritten; initial, final_state: [S, h, D, D]."""
+def _forward_heads(q, k, v, decays, grid, o, initial, final_state) -> torch.Tensor | None:
+    """`_states` if there are any; o and final_state of some heads written.
+
+    q, k, v: [N, h, C, D], overwritten; initial, final_state: [S, h, D, D].
+    """
     scores = _bmm(q, k.mT).mul_(decays.mask)
     out = _bmm(scores, v)
     entered, left = _inter_chunk_ranges(grid, initial is not None, final_state is not None)
+    states = None
     if left:
         k[:left].mul_(decays.key[:left])
         states = _states(k, v, initial, decays, grid, left)
@@ -193,10 +208,11 @@ def _forward_heads(q, k, v, decays, grid, o, initial, final_state) -> None:
         if final_state is not None:
             final_state.index_copy_(0, grid.order, states[grid.last + len(grid.order)])
     grid.scatter(out, o)
+    return states
 
 
-def _backward_heads(q, k, v, do, decays, grid, initial, dfinal, dinitial) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv of some heads, and dinitial written. q, k, v, do: [N, h, C, D], overwritten."""
+def _backward_heads(q, k, v, do, decays, grid, initial, dfinal, dinitial, states) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv of some heads, and dinitial written. q, k, v, do: [N, h, C, D], overwritten. states: `_states`, or None."""
     scores = _bmm(q, k.mT).mul_(decays.mask)
     dv = _bmm(scores.mT, do)
     torch.bmm(do.flatten(0, 1), v.flatten(0, 1).mT, out=scores.flatten(0, 1))
@@ -211,7 +227,7 @@ def _backward_heads(q, k, v, do, decays, grid, initial, dfinal, dinitial) -> tup
         dexit = grid.exit(dstates)[:left]
         _add_bmm_(dv[:left], k[:left], dexit)
         if entered < grid.size:
-            states = _states(k, v, initial, decays, grid, left)
+            states = _states(k, v, initial, decays, grid, left) if states is None else states
             _add_bmm_(dq[entered:], do[entered:], grid.entry(states)[entered:].mT)
         _add_bmm_(dk[:left], v[:left].mul_(decays.key[:left]), dexit.mT)
         if dinitial is not None:

@@ -224,7 +224,8 @@ def test_gradient_of_the_final_state_alone() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_backward_keeps_nothing_but_the_inputs() -> None:
+def test_backward_keeps_nothing_but_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(chunked.KEPT_TOKENS, "cpu", 0)
     case = Case(tokens=4 * C)
     inputs = make_inputs(case)
     qkv = inputs.qkv.requires_grad_()
@@ -234,6 +235,42 @@ def test_backward_keeps_nothing_but_the_inputs() -> None:
         lightning_attention(*qkv.split(16, dim=-1), decay, initial_state=inputs.initial)
     storages = {x.untyped_storage().data_ptr() for x in saved}
     assert storages == {x.untyped_storage().data_ptr() for x in (qkv, decay, inputs.initial)}
+
+
+@pytest.mark.parametrize("documents", [None, RAGGED])
+@pytest.mark.parametrize("with_states, used", [(False, False), (True, False), (True, True)])
+def test_kept_states_are_those_computed_again(
+    monkeypatch: pytest.MonkeyPatch, documents: tuple[int, ...] | None, with_states: bool, used: bool
+) -> None:
+    """used: the final state has a gradient."""
+    case = Case(tokens=sum(documents) if documents else 3 * C + 5, documents=documents)
+    inputs = make_inputs(case)
+    products = []
+    states_of = chunked._states
+    monkeypatch.setattr(chunked, "_states", lambda *given: products.append(1) or states_of(*given))
+
+    def gradients(kept_tokens: int) -> list[torch.Tensor]:
+        monkeypatch.setitem(chunked.KEPT_TOKENS, "cpu", kept_tokens)
+        products.clear()
+        leaves = [
+            inputs.qkv.clone().requires_grad_(),
+            *([inputs.initial.clone().requires_grad_()] if with_states else []),
+        ]
+        results = chunked.lightning_attention_packed_chunked(
+            leaves[0],
+            slopes(2, 0, 8),
+            initial_state=leaves[1] if with_states else None,
+            cu_seqlens=case.cu_seqlens,
+            return_final_state=with_states,
+        )
+        outputs = results if with_states else (results,)
+        given = (inputs.do, inputs.dfinal) if used else (inputs.do,)
+        return list(torch.autograd.grad(outputs[: len(given)], leaves, given))
+
+    again = gradients(0)
+    assert len(products) == 2
+    assert all(map(torch.equal, gradients(case.tokens), again))
+    assert len(products) == 1
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
