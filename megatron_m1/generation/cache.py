@@ -208,7 +208,9 @@ class HybridCache:
         assert self._step is not None
         return self._step.predicting(hidden)
 
-    def lightning(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, strategy: str) -> Tensor:
+    def lightning(
+        self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, strategy: str = "auto"
+    ) -> Tensor:
         """See AttentionCache."""
         now = self._pass
         assert now is not None

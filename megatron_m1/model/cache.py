@@ -14,7 +14,9 @@ class AttentionCache(Protocol):
     `softmax` are already rotated.
     """
 
-    def lightning(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, strategy: str) -> Tensor:
+    def lightning(
+        self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, *, strategy: str = "auto"
+    ) -> Tensor:
         """o of a lightning layer; slopes [heads] fp32; strategy: see `m1_kernels.lightning_attention`."""
 
     def softmax(self, layer_number: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
