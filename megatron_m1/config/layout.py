@@ -4,8 +4,18 @@ from dataclasses import dataclass
 
 from megatron_m1.config.schema import Config, ParallelConfig
 
-__all__ = ["Derived", "chunk_layers", "derived", "head_chunk_tokens", "rank_groups"]
+__all__ = [
+    "AUTO_RING_BYTES",
+    "Derived",
+    "chunk_layers",
+    "context_method",
+    "derived",
+    "head_chunk_tokens",
+    "rank_groups",
+]
 
+AUTO_RING_BYTES = 64 << 20
+"""`auto` takes the ring where an all-gather would bring a rank more than this: about a millisecond of a 50 GB/s link."""
 _HEAD_CHUNK_BYTES = 2**31
 
 
@@ -41,6 +51,13 @@ def derived(config: Config, world_size: int) -> Derived:
         layers_per_chunk=min(chunk_layers(config)),
         micro_batches=training.global_batch // max(training.micro_batch * data, 1),
     )
+
+
+def context_method(method: str, gathered_bytes: float) -> str:
+    """`method`, or for `auto` `ring` or `all_gather` by the bytes that the latter brings a context-parallel rank."""
+    if method != "auto":
+        return method
+    return "ring" if gathered_bytes > AUTO_RING_BYTES else "all_gather"
 
 
 def chunk_layers(config: Config) -> list[int]:

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
+from megatron_m1.config.layout import context_method
 from megatron_m1.config.schema import Config
 
-__all__ = ["AUTO_RING_BYTES", "Exchange", "keeps_attention", "key_value_exchange", "rank_tokens", "state_exchange"]
+__all__ = ["Exchange", "keeps_attention", "key_value_exchange", "rank_tokens", "state_exchange"]
 
-AUTO_RING_BYTES = 64 << 20
-"""parallel/traffic.py, whose package needs torch."""
 _STATE_ITEM = 4
 _BF16 = 2
 
@@ -36,10 +35,8 @@ def key_value_exchange(config: Config) -> Exchange:
     model, parallel = config.model, config.parallel
     size = _BF16 if config.training.precision == "bf16" else 4
     held = 2 * rank_tokens(config) * model.num_key_value_heads * model.head_dim / parallel.tensor * size
-    gathered, method = held * parallel.context, parallel.context_softmax
-    if method == "auto":
-        method = "ring" if gathered > AUTO_RING_BYTES else "all_gather"
-    return Exchange(method, gathered, held, held * (parallel.context - 1))
+    gathered = held * parallel.context
+    return Exchange(context_method(parallel.context_softmax, gathered), gathered, held, held * (parallel.context - 1))
 
 
 def keeps_attention(config: Config) -> bool:
@@ -57,9 +54,8 @@ def state_exchange(config: Config, *, document_tokens: int | None = None) -> Exc
     documents, chained = _crossing(config, document_tokens)
     state = documents * model.num_attention_heads / parallel.tensor * model.head_dim**2 * _STATE_ITEM
     held = 2 * state if parallel.context > 1 else 0.0
-    gathered, method = held * (parallel.context - 1), parallel.context_lightning
-    if method == "auto":
-        method = "ring" if gathered > AUTO_RING_BYTES else "all_gather"
+    gathered = held * (parallel.context - 1)
+    method = context_method(parallel.context_lightning, gathered)
     # The chain of the ring has as many hops between ranks as the all-gather brings states.
     return Exchange(method, gathered, held, gathered if chained else held)
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from megatron_m1.config import Config, ConfigError, derived, load_config, rank_groups, to_yaml, validate
+from megatron_m1.config.layout import AUTO_RING_BYTES
 from megatron_m1.engine.cluster import DEVICES
-from megatron_m1.engine.context_exchange import AUTO_RING_BYTES, key_value_exchange, state_exchange
+from megatron_m1.engine.context_exchange import key_value_exchange, state_exchange
 from megatron_m1.engine.flops import count_parameters, training_flops_per_token
 from megatron_m1.engine.memory import RESERVE_GIB, estimate_memory, stage_layers
 from megatron_m1.engine.schedule import consumed_samples, global_batch_at, learning_rate

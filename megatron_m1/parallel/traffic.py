@@ -1,15 +1,14 @@
-"""What context parallelism sends, counted, and from which size on the ring is taken."""
+"""What context parallelism sends, counted, and how `auto` chooses by it."""
 
 import functools
 import logging
 from dataclasses import dataclass
 
+from megatron_m1.config.layout import AUTO_RING_BYTES, context_method
+
 __all__ = ["AUTO_RING_BYTES", "Traffic", "method_by_size"]
 
 logger = logging.getLogger(__name__)
-
-AUTO_RING_BYTES = 64 << 20
-"""`auto` takes the ring where an all-gather would bring a rank more than this: about a millisecond of a 50 GB/s link."""
 
 
 @dataclass
@@ -41,14 +40,13 @@ class Traffic:
 
 
 def method_by_size(method: str, gathered_bytes: int, *, of: str, world: int) -> str:
-    """`method`, or for `auto`, which logs what it takes once, `ring` or `all_gather` by the bytes that the latter brings a rank.
+    """`context_method`, which for `auto` is logged once.
 
     of: what is sent.
     """
-    if method != "auto":
-        return method
-    chosen = "ring" if gathered_bytes > AUTO_RING_BYTES else "all_gather"
-    _log_once(of, world, chosen)
+    chosen = context_method(method, gathered_bytes)
+    if method == "auto":
+        _log_once(of, world, chosen)
     return chosen
 
 

@@ -228,9 +228,12 @@ def test_gradients_hide_behind_the_last_micro_batch():
 
 
 def test_the_ring_is_taken_from_the_size_on_from_which_the_layers_take_it():
-    from megatron_m1.parallel.traffic import AUTO_RING_BYTES
+    from megatron_m1.parallel.traffic import AUTO_RING_BYTES, method_by_size
 
-    assert context_exchange.AUTO_RING_BYTES == AUTO_RING_BYTES
+    for size, method in ((AUTO_RING_BYTES, "all_gather"), (AUTO_RING_BYTES + 1, "ring")):
+        assert (
+            method_by_size("auto", size, of="keys", world=2) == context_exchange.context_method("auto", size) == method
+        )
 
 
 def test_attention_does_not_look_beyond_a_document():
