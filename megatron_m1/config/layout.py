@@ -11,6 +11,7 @@ __all__ = [
     "context_method",
     "derived",
     "head_chunk_tokens",
+    "last_stage_sizes",
     "rank_groups",
 ]
 
@@ -68,6 +69,16 @@ def chunk_layers(config: Config) -> list[int]:
         return [layers // (parallel.pipeline * chunks)] * parallel.pipeline
     last = parallel.last_stage_layers
     return [*[(layers - last) // (others * chunks)] * others, last // chunks]
+
+
+def last_stage_sizes(config: Config) -> list[int]:
+    """What parallel.last_stage_layers may be with parallel.pipeline above 1: the other ranks' parts are equal, and so are chunks."""
+    layers, others, chunks = (
+        config.model.num_hidden_layers,
+        config.parallel.pipeline - 1,
+        config.parallel.virtual_pipeline,
+    )
+    return [last for last in range(chunks, layers, chunks) if (layers - last) % (others * chunks) == 0]
 
 
 def head_chunk_tokens(config: Config) -> int:

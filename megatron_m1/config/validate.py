@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from megatron_m1.config.errors import ConfigError
-from megatron_m1.config.layout import derived
+from megatron_m1.config.layout import derived, last_stage_sizes
 from megatron_m1.config.schema import Config, ModelConfig, RLConfig
 
 __all__ = ["validate", "validate_layout", "validate_rl"]
@@ -218,7 +218,7 @@ def _last_stage(config: Config) -> Iterator[str]:
     if not others:
         yield f"{given} needs parallel.pipeline above 1; leave it out, or raise parallel.pipeline."
         return
-    usable = [last for last in range(chunks, layers, chunks) if (layers - last) % (others * chunks) == 0]
+    usable = last_stage_sizes(config)
     if parallel.last_stage_layers not in usable:
         remedy = (
             f"use one of {', '.join(map(str, usable))}" if usable else "change parallel.pipeline or virtual_pipeline"

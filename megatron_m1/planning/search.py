@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_m1.config import Config, ConfigError, derived, validate
+from megatron_m1.config.layout import last_stage_sizes
 from megatron_m1.config.schema import CheckpointConfig, ParallelConfig
 from megatron_m1.engine.cluster import Cluster
 from megatron_m1.engine.flops import training_flops_per_token
@@ -218,15 +219,15 @@ def _candidates(config: Config, cluster: Cluster) -> Iterator[ParallelConfig]:
 def _smaller_last_stages(even: Plan, cluster: Cluster, document_tokens: int | None) -> list[int]:
     """The two sizes of the last stage, in layers, next to that with which it would take as long with the head as the others."""
     parallel, layers = even.config.parallel, even.config.model.num_hidden_layers
-    others, chunks = parallel.pipeline - 1, parallel.virtual_pipeline
+    others = parallel.pipeline - 1
     if not others:
         return []
     stages = stage_seconds(even.config, cluster, document_tokens=document_tokens)
     head = stages[-1]["head"]
     layer = (sum(sum(terms.values()) for terms in stages) - head) / layers
     ideal = (layers - others * head / layer) / parallel.pipeline
-    usable = [n for n in range(chunks, layers // parallel.pipeline, chunks) if (layers - n) % (others * chunks) == 0]
-    return sorted(usable, key=lambda last: abs(last - ideal))[:2]
+    smaller = [last for last in last_stage_sizes(even.config) if last < layers // parallel.pipeline]
+    return sorted(smaller, key=lambda last: abs(last - ideal))[:2]
 
 
 def _needed(stages: list[MemoryEstimate]) -> float:
