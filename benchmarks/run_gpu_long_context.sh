@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-benchmarks/results}
 LIMIT_S=${LIMIT_S:-570}
 PYTHON=${PYTHON:-python}
-export CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONPATH=.
+export CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT"
 failed=0
 
