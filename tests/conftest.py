@@ -47,7 +47,11 @@ def rank_pool() -> Iterator[RankPool]:
 def ranks(rank_pool: RankPool) -> Callable[..., list[Any]]:
     """ranks(n, fn, *args, timeout_s=120) -> [fn(rank, n, *args) for each of n concurrent ranks]; see RankPool.run."""
 
+    gpus = platform.device_count()
+
     def run(n: int, fn: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+        if gpus is not None and n > gpus:
+            pytest.skip(f"{n} ranks need as many GPUs, found {gpus}")
         return rank_pool.run(fn, args, world=n, timeout_s=timeout_s)
 
     return run

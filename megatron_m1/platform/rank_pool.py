@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from megatron_m1.config.errors import ConfigError
-from megatron_m1.platform import distributed_backend, is_cuda
+from megatron_m1.platform import device, distributed_backend, is_cuda, select_device
 
 __all__ = ["RankError", "RankPool"]
 
@@ -33,7 +33,8 @@ START_S = 240.0  # for the imports, on a busy machine
 CLOSE_S = 5.0  # for a rank to end by itself
 THREADS = 24
 """A worker that has more after a call is replaced: core's data-parallel wrapper is a cycle through autograd's nodes which no garbage
-collector breaks, so its process groups live on, and gloo's threads of groups whose peers are gone keep a core busy."""
+collector breaks, so its process groups live on, and gloo's threads of groups whose peers are gone keep a core busy. (NCCL's end with
+`destroy_process_group`, and CUDA has many of its own.)"""
 GATHER_S = 0.5  # after a first failure, for the reports of the other ranks
 LEAVE = b"leave"
 """All ranks have answered: their groups may go. A rank that left before would close its sockets on those that are still connecting
@@ -117,7 +118,7 @@ class RankPool:
                 self._discard(rank)
             raise RankError("\n".join(failures))
         for rank, worker in enumerate(workers):
-            if _threads(worker) > THREADS:
+            if not is_cuda() and _threads(worker) > THREADS:
                 self._discard(rank)
         return [results[rank] for rank in range(world)]
 
@@ -250,6 +251,7 @@ def _run_task(payload: bytes, rendezvous: str, rank: int, world: int, timeout_s:
     if "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     fn, args = pickle.loads(payload)
+    select_device()
     dist.init_process_group(
         distributed_backend(),
         init_method=f"file://{rendezvous}",
@@ -257,6 +259,9 @@ def _run_task(payload: bytes, rendezvous: str, rank: int, world: int, timeout_s:
         world_size=world,
         timeout=timedelta(seconds=timeout_s + CLOSE_S),
     )
+    if is_cuda():
+        # NCCL makes the communicator with the first operation, in which all ranks must take part; that of `fn` may be a message.
+        dist.all_reduce(torch.zeros(1, device=device()))
     return fn(rank, world, *args)
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from m1_kernels import lightning_attention_reference, slopes
 from torch import Tensor
 
+from megatron_m1 import platform
 from megatron_m1.parallel.lightning_context import LightningContext
 from megatron_m1.parallel.lightning_exchange import StateExchange
 from megatron_m1.parallel.sequence_layout import SequenceLayout
@@ -46,7 +47,7 @@ def inputs(case: Case, heads: int) -> list[Tensor]:
     """q, k, v and the gradient of the output, of the whole sequence; numbers that bf16 holds."""
     generator = torch.Generator().manual_seed(11)
     shape = (case.rows, TOKENS, heads, DIM)
-    return [torch.randn(shape, generator=generator).bfloat16().double() for _ in range(4)]
+    return [torch.randn(shape, generator=generator).bfloat16().to(platform.device(), torch.float64) for _ in range(4)]
 
 
 def of_one_rank(case: Case, rates: Tensor) -> list[Tensor]:
@@ -54,7 +55,8 @@ def of_one_rank(case: Case, rates: Tensor) -> list[Tensor]:
     *qkv, do = inputs(case, len(rates))
     qkv = [x.requires_grad_() for x in qkv]
     edges = None if case.cu_seqlens is None else torch.tensor(sorted({*case.cu_seqlens, TOKENS}), dtype=torch.int32)
-    o = lightning_attention_reference(*qkv, rates, cu_seqlens=edges)
+    edges = None if edges is None else edges.to(do.device)
+    o = lightning_attention_reference(*qkv, rates.to(do.device), cu_seqlens=edges)
     o.backward(do)
     return [o.detach(), *(x.grad for x in qkv)]
 
@@ -66,7 +68,7 @@ def over_ranks(
     context = LightningContext(group, rates.tolist(), method=method, limit=limit)
     *qkv, do = (case.layout.partition(x, 1).to(dtype) for x in inputs(case, len(rates)))
     qkv = [x.requires_grad_() for x in qkv]
-    o = context.start(*qkv, rates, case.layout)()
+    o = context.start(*qkv, rates.to(do.device), case.layout)()
     o.backward(do)
     return [o.detach(), *(x.grad for x in qkv)], context.traffic
 
@@ -128,19 +130,19 @@ def limited_and_unlimited(rank: int, world: int) -> dict[tuple[str, str], Limits
 
 def exchanged_states(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
     """Entry states and gradients of the final states, fp32, of every case: by the ring, by the all-gather."""
-    found = []
+    found, device, rates = [], platform.device(), RATES.to(platform.device())
     for case in cases(world, rank).values():
-        chains = state_chains(case.layout, torch.device("cpu"))
+        chains = state_chains(case.layout, device)
         shape = (len(RATES), DIM, DIM)
         generator = torch.Generator().manual_seed(rank)
-        leaving = torch.randn(len(chains.leaving), *shape, generator=generator)
-        gradient = torch.randn(len(chains.entering), *shape, generator=generator)
+        leaving = torch.randn(len(chains.leaving), *shape, generator=generator).to(device)
+        gradient = torch.randn(len(chains.entering), *shape, generator=generator).to(device)
         results = []
         for method in ("ring", "all_gather"):
-            exchange = StateExchange(chains, RATES, host_slopes=RATES.tolist(), group=dist.group.WORLD, method=method)
+            exchange = StateExchange(chains, rates, host_slopes=RATES.tolist(), group=dist.group.WORLD, method=method)
             states = leaving.clone().requires_grad_()
             entering = exchange.finish(exchange.start(states))
             entering.backward(gradient)
-            results.append(torch.cat([entering.detach(), states.grad]))
+            results.append(torch.cat([entering.detach(), states.grad]).cpu())
         found.append(tuple(results))
     return found

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_m1 import platform
 from megatron_m1.parallel import attention_blocks, lightning_context
 from megatron_m1.parallel.lightning_context import LightningContext
 from megatron_m1.parallel.ring_attention import ring_attention
@@ -74,12 +75,13 @@ def noted(events: list[str]) -> ExitStack:
 def order(rank: int, world: int, kind: str, method: str) -> tuple[str, str]:
     """Events of the forward and of the backward pass of one layer."""
     layout = SequenceLayout.dense(world=world, rank=rank, rows=1, tokens=4 * world)
-    q, k, v, x = (torch.randn(1, 4, 2, 4, requires_grad=True) for _ in range(4))
+    device = platform.device()
+    q, k, v, x = (torch.randn(1, 4, 2, 4, device=device, requires_grad=True) for _ in range(4))
     events: list[str] = []
     with noted(events):
         if kind == "lightning":
             context = LightningContext(dist.group.WORLD, [0.1, 0.2], method=method)
-            finish = context.start(q, k, v, torch.tensor([0.1, 0.2]), layout)
+            finish = context.start(q, k, v, torch.tensor([0.1, 0.2], device=device), layout)
             gate = NotedBackward.apply(x, "gate", events)
             events.append("gate")
             o = finish() * gate

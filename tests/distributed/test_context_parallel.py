@@ -156,7 +156,7 @@ def _positions_count_local_tokens():
 
     def mutant(cls, batch, device, **options):
         micro = plain(cls, batch, device, **options)
-        return replace(micro, position_ids=torch.arange(micro.tokens.shape[1]).expand_as(micro.tokens))
+        return replace(micro, position_ids=torch.arange(micro.tokens.shape[1], device=device).expand_as(micro.tokens))
 
     return patch.object(batch_module.MicroBatch, "from_dict", classmethod(mutant))
 
