@@ -176,8 +176,8 @@ def test_every_section_measures_ours_and_finds_it_right(contenders) -> None:
     assert measured["forward", "forward"].floor_ms == 4 * 200 * 2 * 16 * 2 / 4e12 * 1e3
     for name, lengths in PACKS.items():
         assert measured[name, "forward"].documents == len(lengths(200))
-    (problem,) = problems(report)
-    assert "CUDA graph" in problem  # which needs a GPU
+    found = problems(report)
+    assert len(found) == (not torch.cuda.is_available()) and all("CUDA graph" in problem for problem in found)
 
 
 def late_by_one(q, k, v, slopes, documents):
