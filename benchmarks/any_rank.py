@@ -1,8 +1,8 @@
 """Any rank of a large job on one GPU: its part of the model, its optimizer shard, genuine training steps, no other rank.
 
     python -m benchmarks.any_rank --config examples/configs/m1_456b.yaml --config examples/configs/m1_456b_32k_512gpu.yaml \
-        [--world-size 512] [--rank R | --tensor-rank T] [--micro-batches 4] [--rounds 3] [--time-limit-s 120] [--output FILE.json]
-        [--key value]
+        [--world-size 512] [--rank R | --tensor-rank T] [--micro-batches 4] [--rounds 3] [--time-limit-s 120] [--profile]
+        [--output FILE.json] [--key value]
     python -m benchmarks.any_rank --predict-again FILE.json     # no GPU: estimates of today's model, what was measured stays
 
 Without --rank: one rank of each distinct pipeline stage (with the embedding, with neither, with the head; by number of softmax
@@ -13,6 +13,7 @@ experts alike.
 What is measured: seconds of forward and backward of a micro-batch and of the optimizer's update, and memory, of this rank alone.
 What is modelled: communication, from counted bytes and the speeds of the links in megatron_m1/engine/cluster.py. The sum of both is
 no step of a job: pipeline bubbles, waiting for slower ranks and contention are in neither, nor is it known what would be hidden.
+--profile: of one step more, the kernels that take longest, and for how long the GPU was busy.
 Exit code 1 if a rank did not finish (out of memory, time, an error); the results say why.
 """
 
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batches", type=int, default=4, help="of one step")
     parser.add_argument("--rounds", type=int, default=3, help="measured steps at most, after one that does not count")
     parser.add_argument("--time-limit-s", type=float, default=150.0, help="of each rank")
+    parser.add_argument("--profile", action="store_true", help="the kernels of one step more, by time")
     parser.add_argument(
         "--device", choices=sorted(DEVICES), default="H800", help="whose links communication is modelled with"
     )
@@ -148,6 +151,7 @@ def in_process(rank: int, options: argparse.Namespace, rest: list[str]) -> dict[
         command = [sys.executable, "-m", "benchmarks.any_rank", "--rank", str(rank), "--output", str(output), *rest]
         for name in own:
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+        command += ["--profile"] * options.profile
         try:
             done = subprocess.run(command, cwd=ROOT, timeout=options.time_limit_s, check=False)
         except subprocess.TimeoutExpired:
@@ -166,6 +170,7 @@ def measured_or_why(config: Config, options: argparse.Namespace) -> dict[str, An
             rounds=options.rounds,
             time_limit_s=0.8 * options.time_limit_s,
             cluster=replace(DEVICES[options.device], gpus=options.world_size),
+            profile=options.profile,
         )
     except (RuntimeError, FloatingPointError) as error:
         traceback.print_exc()
@@ -178,11 +183,19 @@ def why(error: Exception) -> str:
 
 
 def measure_rank(
-    config: Config, *, rank: int, world_size: int, rounds: int, time_limit_s: float, cluster: Cluster
+    config: Config,
+    *,
+    rank: int,
+    world_size: int,
+    rounds: int,
+    time_limit_s: float,
+    cluster: Cluster,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Figures of genuine steps of `config` on `rank`: `measured`, `predicted` and `modelled`, see LABELS.
 
     cluster: whose links communication is modelled with.  Rounds stop when another one would pass time_limit_s.
+    profile: `measured` gets `profile`, see `kernels_of`.
     """
     started = time.perf_counter()
     with fake_rank(rank, world_size, config.parallel) as (groups, received):
@@ -224,6 +237,8 @@ def measure_rank(
         }
         if platform.is_cuda():
             measured["reserved_bytes"] = torch.cuda.max_memory_reserved()
+        if profile:
+            measured["profile"] = kernels_of(lambda: trainer.forward_backward(batches), micro_batches)
         row = {
             "rank": rank,
             "stage": stage,
@@ -241,6 +256,25 @@ def measure_rank(
         }
         print(summary(row, exchanged, cluster), flush=True)
         return row
+
+
+def kernels_of(step: Callable[[], object], micro_batches: int) -> dict[str, Any]:
+    """Of a step: milliseconds a micro-batch in all, with the GPU busy, and of its kernels, longest first, [name, ms, launches]."""
+    device = torch.profiler.ProfilerActivity.CUDA if platform.is_cuda() else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[device]) as profiler:
+        start = now()
+        step()
+        whole = now() - start
+    totals = [
+        (event.key, (event.self_device_time_total or event.self_cpu_time_total) / 1e3 / micro_batches, event.count)
+        for event in profiler.key_averages()
+    ]
+    totals = sorted((total for total in totals if total[1]), key=lambda total: -total[1])
+    busy_ms = sum(ms for _, ms, _ in totals)
+    for name, ms, count in totals[:25]:
+        print(f"  {ms:8.2f} ms {count / micro_batches:7.1f} x {name[:110]}")
+    print(f"  {busy_ms:8.2f} ms of {1e3 * whole / micro_batches:.2f} a micro-batch", flush=True)
+    return {"whole_ms": 1e3 * whole / micro_batches, "busy_ms": busy_ms, "kernels": totals[:60]}
 
 
 def prediction(config: Config, stage: int, device: Cluster, *, kept_attention: bool = True) -> dict[str, Any]:

@@ -70,7 +70,9 @@ def test_distinct_ranks_of_the_presets():
 def test_a_rank_holds_what_is_predicted_and_trains(rank, options):
     config = tiny(*options)
     cluster = replace(DEVICES["H800"], gpus=WORLD)
-    row = measure_rank(config, rank=rank, world_size=WORLD, rounds=1, time_limit_s=60.0, cluster=cluster)
+    row = measure_rank(
+        config, rank=rank, world_size=WORLD, rounds=1, time_limit_s=60.0, cluster=cluster, profile=rank == 2
+    )
     assert not dist.is_initialized()
     assert (row["tensor_rank"], row["context_rank"], row["stage"]) == (rank % 2, rank // 2 % 2, rank // 8)
     assert row["layers"] == {2: [0, 1], 10: [2, 3], 15: [1, 3]}[rank]
@@ -81,6 +83,11 @@ def test_a_rank_holds_what_is_predicted_and_trains(rank, options):
         (measured["optimizer_bytes"], predicted.optimizer),
     ):
         assert counted == pytest.approx(expected, rel=0.01)  # buffers are padded
+    if rank == 2:
+        profile = measured["profile"]
+        assert 0 < profile["busy_ms"] <= profile["whole_ms"]
+        assert [ms for _, ms, _ in profile["kernels"]] == sorted((ms for _, ms, _ in profile["kernels"]), reverse=True)
+        assert any(name == "aten::mm" and launches > 4 for name, _, launches in profile["kernels"])
     assert measured["micro_batch_s"] > 0 and 0 < measured["grad_norm"] < float("inf")
     # The part of one of two context ranks of the loss of 2 x 64 tokens; each vocabulary rank sees its own logits alone.
     assert (measured["loss"] is None) if rank < 8 else 0 < measured["loss"] < 10
