@@ -16,7 +16,7 @@ from megatron_m1.config.schema import Config
 
 __all__ = ["MetricsLog"]
 
-SHOWN = ("loss", "valid_loss", "grad_norm", "lr", "aux_loss", "tokens_per_s", "mfu")
+SHOWN = ("loss", "valid_loss", "grad_norm", "lr", "aux_loss", "tokens_per_s", "mfu", "peak_memory_gib")
 
 
 class MetricsLog:
@@ -128,4 +128,6 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
 def _readable(name: str, value: float) -> str:
     if name == "tokens_per_s":
         return f"{value:,.0f}"
+    if name == "peak_memory_gib":
+        return f"{value:.1f}"
     return f"{value:.2e}" if name == "lr" else f"{value:.4f}"

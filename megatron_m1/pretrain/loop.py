@@ -110,6 +110,7 @@ def train(config: Config) -> None:
                 metrics["layers"] = stats.after_update()
             platform.synchronize()
             metrics |= throughput.figures(global_batch, seconds=time.perf_counter() - started)
+            metrics["peak_memory_gib"] = platform.peak_memory_bytes() / 2**30
             last, reason = step + 1 == training.steps, stop.reason()
             if evaluation.enabled and (last or _every(config.evaluation.every_steps, step + 1)):
                 metrics["valid_loss"] = evaluation.loss(trainer)

@@ -75,7 +75,7 @@ def entries(logs: Path) -> list[dict[str, Any]]:
 
 def steps(logs: Path) -> dict[int, dict[str, Any]]:
     """Metrics by step; the time-dependent ones left out."""
-    timed = {"step_time_s", "tokens_per_s", "tflops", "mfu"}
+    timed = {"step_time_s", "tokens_per_s", "tflops", "mfu", "peak_memory_gib"}
     return {
         entry["step"]: {key: value for key, value in entry.items() if key not in timed}
         for entry in entries(logs)

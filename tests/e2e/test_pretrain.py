@@ -92,6 +92,7 @@ def test_two_processes_write_what_one_does(folder, one_rank, tmp_path):
             "lr",
             "tokens_per_s",
             "tflops",
+            "peak_memory_gib",
             "consumed_samples",
             "expert_load_max",
         } <= entry.keys()
