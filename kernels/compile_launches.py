@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 from m1_kernels import gluon_lightning, triton_attention, triton_lightning
-from m1_kernels.triton_attention import SEGMENT, WHOLE, _Call, _Plan
+from m1_kernels.triton_attention import SEGMENT, WHOLE, Style, _Call, _Plan
 
 __all__ = ["DIMS", "DTYPES", "Case", "cases"]
 
@@ -17,7 +17,15 @@ DIMS = (64, 96, 128, 256)
 M1_DIM = 128
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKENS, HEADS = 333, 16  # sizes that 16 does and does not divide, as most are
-PLANS = (_Plan(WHOLE, WHOLE, WHOLE), _Plan(WHOLE, SEGMENT, SEGMENT), _Plan(SEGMENT, SEGMENT, SEGMENT))
+PLANS = (
+    _Plan(WHOLE, WHOLE, WHOLE),
+    _Plan(WHOLE, SEGMENT, SEGMENT),
+    *(
+        _Plan(SEGMENT, SEGMENT, SEGMENT, *3 * (Style(whole=whole, quick=quick, apart=quick),))
+        for whole in (False, True)
+        for quick in (False, True)
+    ),
+)
 FEATURES = ("VARLEN", "ENTRY", "SAVING", "LEAVING", "INITIAL", "HORIZON")
 
 # name, kernel, signature, constexprs, options
@@ -48,7 +56,7 @@ def _computes(case: Case) -> str:
     """Equal for launches whose loops hold the same products."""
     _, kernel, _, constants, _ = case
     transposed = constants.get("D") == M1_DIM and constants.get("TRANSPOSED")
-    return f"{kernel.__name__} {constants.get('REVERSE')} {transposed}"
+    return f"{kernel.__name__} {[constants.get(name) for name in ('REVERSE', 'HALVES', 'QUICK')]} {transposed}"
 
 
 def _features(case: Case) -> int:
@@ -121,9 +129,10 @@ def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind:
         name: "constexpr" if name in constants else _type(given[name], name not in plain) for name in kernel.arg_names
     }
     label = "specialised " if kernel.is_gluon() else ""
-    notes = [
+    notes = ["whole"] if constants.get("HALVES") == 2 else []
+    notes += [
         name.lower()
-        for name in ("REVERSE", "TRANSPOSED", "PAIR", "SAVING", "LEAVING", "INITIAL")
+        for name in ("QUICK", "REVERSE", "TRANSPOSED", "PAIR", "SAVING", "LEAVING", "INITIAL")
         if constants.get(name)
     ]
     notes += [f"entry {constants['ENTRY']}"] if constants.get("ENTRY") else []

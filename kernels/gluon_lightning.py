@@ -7,7 +7,9 @@ Three partitions of a program work on different chunks at a time and meet at bar
     _advance  four warps: keep the state in registers, read it, add the scores' part, store, update it
 
 so that the tensor cores have products of one partition while the other rounds, scales or stores. What is computed, and
-rounded where, is that of `triton_lightning.sweep`: a program has one head, one span and 64 of the value channels.
+rounded where, is that of `triton_lightning.sweep`: a program has one head, one span and 64 of the value channels, or all
+128 of them (HALVES = 2): two partitions `_advance` then share tiles and scores, and have the tensor cores in turn. With equal
+spans the bits are the same.
 """
 
 from typing import Any
@@ -27,8 +29,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 __all__ = ["descriptor"]
 
 LOG2_E = gl.constexpr(1.4426950408889634)
+QUICK_SLOPE = gl.constexpr(0.0521)
+"""Decay of a token from which QUICK rounds decayed values once. An output's squared error, in units of one rounding: 1 its own, 1 of
+scores and state as operands, and f of the decayed values, the share of its energy that comes from earlier chunks: (1 - e^-x) / x
+with x = 2 C s and inputs that do not correlate. f is 0.15 here and below beyond: sqrt(2.15) = 1.47, within the gate of 1.5.
+"""
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 """Layout in shared memory of the tiles [1, C, 1, channels]."""
+ROWWISE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+"""Layout in registers of four warps."""
 
 
 def descriptor(x: Any, rows: int, columns: int) -> TensorDescriptor:
@@ -59,72 +68,66 @@ def _first_token(c, chunks, C: gl.constexpr, REVERSE: gl.constexpr):
 
 @gluon.jit
 def _load(
-    A,
-    B_,
-    V,
+    given,
     A2,
     B2,
     V2,
-    second,
-    a_tiles,
-    b_tiles,
-    v_tiles,
-    loaded,
-    free,
-    row,
-    start,
-    h,
-    e,
-    chunks,
     C: gl.constexpr,
+    BV: gl.constexpr,
     REVERSE: gl.constexpr,
     PAIR: gl.constexpr,
+    HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    A, B_, V, second, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks = given
     for c in range(chunks):
         stage = c % STAGES
         bar = loaded.index(stage)
         mbarrier.wait(free.index(stage), ((c // STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, A.block_type.nbytes + B_.block_type.nbytes + V.block_type.nbytes)
+        mbarrier.expect(bar, A.block_type.nbytes + B_.block_type.nbytes + HALVES * V.block_type.nbytes)
         t = start + _first_token(c, chunks, C, REVERSE)
         if PAIR:
             if second:
-                tma.async_copy_global_to_shared(B2, [row, t, h, 0], bar, b_tiles.index(stage))
-                tma.async_copy_global_to_shared(A2, [row, t, h, 0], bar, a_tiles.index(stage))
-                tma.async_copy_global_to_shared(V2, [row, t, h, e], bar, v_tiles.index(stage))
+                _copy(A2, B2, V2, a_tiles, b_tiles, v_tiles, bar, row, t, h, e, stage, BV, HALVES)
             else:
-                tma.async_copy_global_to_shared(B_, [row, t, h, 0], bar, b_tiles.index(stage))
-                tma.async_copy_global_to_shared(A, [row, t, h, 0], bar, a_tiles.index(stage))
-                tma.async_copy_global_to_shared(V, [row, t, h, e], bar, v_tiles.index(stage))
+                _copy(A, B_, V, a_tiles, b_tiles, v_tiles, bar, row, t, h, e, stage, BV, HALVES)
         else:
-            tma.async_copy_global_to_shared(B_, [row, t, h, 0], bar, b_tiles.index(stage))
-            tma.async_copy_global_to_shared(A, [row, t, h, 0], bar, a_tiles.index(stage))
-            tma.async_copy_global_to_shared(V, [row, t, h, e], bar, v_tiles.index(stage))
+            _copy(A, B_, V, a_tiles, b_tiles, v_tiles, bar, row, t, h, e, stage, BV, HALVES)
 
 
 @gluon.jit
-def _score(
-    a_tiles,
-    b_tiles,
-    scores_tiles,
-    loaded,
-    scored,
-    s,
-    tokens,
-    chunks,
-    C: gl.constexpr,
-    D: gl.constexpr,
-    REVERSE: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
-    j = gl.arange(0, C, layout=gl.SliceLayout(1, layout))
-    i = gl.arange(0, C, layout=gl.SliceLayout(0, layout))
+def _copy(A, B_, V, a_tiles, b_tiles, v_tiles, bar, row, t, h, e, stage, BV: gl.constexpr, HALVES: gl.constexpr):
+    tma.async_copy_global_to_shared(B_, [row, t, h, 0], bar, b_tiles.index(stage))
+    tma.async_copy_global_to_shared(A, [row, t, h, 0], bar, a_tiles.index(stage))
+    for half in gl.static_range(HALVES):
+        tma.async_copy_global_to_shared(V, [row, t, h, e + half * BV], bar, v_tiles.index(stage * HALVES + half))
+
+
+@gluon.jit
+def _pairs(s, zero, C: gl.constexpr, REVERSE: gl.constexpr, layout: gl.constexpr):
+    """Decays of the pairs of a chunk [C (j), C (i)]. zero: as in `_places`."""
+    j = (zero + gl.arange(0, C, layout=gl.SliceLayout(1, layout))).to(gl.float32)
+    i = gl.arange(0, C, layout=gl.SliceLayout(0, layout)).to(gl.float32)
     if REVERSE:
         distance = j[:, None] - i[None, :]
     else:
         distance = i[None, :] - j[:, None]
-    pairs = gl.where(distance >= 0, gl.exp2(-s * gl.maximum(distance, 0).to(gl.float32)), 0.0)
+    return gl.where(distance >= 0, gl.exp2(-s * gl.maximum(distance, 0.0)), 0.0)
+
+
+@gluon.jit
+def _score(
+    given,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    REVERSE: gl.constexpr,
+    HALVES: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks = given
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    j = gl.arange(0, C, layout=gl.SliceLayout(1, layout))
+    pairs = _pairs(s, 0, C, REVERSE, layout)
     zeros = gl.zeros([C, C], gl.float32, layout)
     for c in range(chunks):
         stage = c % STAGES
@@ -133,6 +136,8 @@ def _score(
         b = b_tiles.index(stage).reshape([C, D])
         a = a_tiles.index(stage).reshape([C, D])
         scores = warpgroup_mma(b, a.permute((1, 0)), zeros, use_acc=False)
+        if HALVES == 2:
+            pairs = _pairs(s, c // 2**30, C, REVERSE, layout)
         scores = gl.where((j < n)[:, None], scores * pairs, 0.0)
         scores_tiles.index(stage).store(scores.to(scores_tiles.dtype))
         fence_async_shared()
@@ -148,6 +153,15 @@ def _zero_rows(tile, n, C: gl.constexpr, E: gl.constexpr):
 
 
 @gluon.jit
+def _store_rows(rows, out, t, n, stride_t):
+    """Store the first n rows of out at the tokens from t on."""
+    i = gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, ROWWISE))
+    m = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, ROWWISE))
+    places = ((t + i).to(gl.int64) * stride_t)[:, None] + m[None, :]
+    gl.store(rows + places, out, mask=(i < n)[:, None] & (m >= 0)[None, :])
+
+
+@gluon.jit
 def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
     """Offsets of a state [BV, D] in memory, value channels from e on, whose value channels are `across` (1 or D) apart.
 
@@ -160,62 +174,40 @@ def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.const
 
 
 @gluon.jit
-def _advance(
-    state,
-    Out,
+def _chunks(
+    given,
     Out2,
-    second,
-    out_rows,
-    stride_ot,
-    saved,
-    left,
-    across,
-    ends,
-    states_stride,
-    a_tiles,
-    b_tiles,
-    v_tiles,
-    scores_tiles,
-    out_tiles,
-    reads,
-    departs,
-    loaded,
-    scored,
-    free,
-    s,
-    row,
-    start,
-    h,
-    e,
-    tokens,
-    chunks,
-    SAVE,
+    HALF: gl.constexpr,
     C: gl.constexpr,
     D: gl.constexpr,
     BV: gl.constexpr,
     REVERSE: gl.constexpr,
     PAIR: gl.constexpr,
+    ENTRY: gl.constexpr,
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
+    EXACT: gl.constexpr,
+    HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    of_state: gl.constexpr = state.type.layout
+    Out, second, out_rows, stride_ot, entry, entered, saved, left, across, ends, states_stride = given[0]
+    a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free = given[1]
+    s, row, start, h, e, tokens, chunks, SAVE = given[2]
+    of_state: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     values_operand: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
-    i = gl.arange(0, C, layout=gl.SliceLayout(0, of_out))
-    j = gl.arange(0, C, layout=gl.SliceLayout(0, values_operand))
-    m = gl.arange(0, BV, layout=gl.SliceLayout(1, of_out))
+    i = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0]))
     zeros = gl.zeros([BV, C], gl.float32, of_out)
     dtype: gl.constexpr = v_tiles.dtype
-    # The decays of a full chunk wait in shared memory: registers are short.
-    if REVERSE:
-        reads.store(gl.exp2(-s * (C - 1 - i).to(gl.float32)))
-        departs.store(gl.exp2(-s * (j + 1).to(gl.float32)))
-    else:
-        reads.store(gl.exp2(-s * (i + 1).to(gl.float32)))
-        departs.store(gl.exp2(-s * (C - 1 - j).to(gl.float32)))
-    whole = gl.exp2(-s * C)
+    e += HALF * BV
+    out_rows += HALF * BV
+    reads = reads.index(HALF)
+    departs = departs.index(HALF)
+    state = gl.zeros([BV, D], gl.float32, of_state)
+    if ENTRY:
+        if entered:
+            state = gl.load(entry + _places(e, across, 0, D, BV, of_state))
     for c in range(chunks):
         stage = c % STAGES
         phase = (c // STAGES) & 1
@@ -223,44 +215,52 @@ def _advance(
         n = gl.minimum(tokens - t, C)
         b = b_tiles.index(stage).reshape([C, D])
         a = a_tiles.index(stage).reshape([C, D])
-        v = v_tiles.index(stage).reshape([C, BV])
+        v = v_tiles.index(stage * HALVES + HALF).reshape([C, BV])
         if SAVING:
             if (t > 0) & (t % SAVE == 0):
                 place = saved + (t // SAVE).to(gl.int64) * states_stride
                 gl.store(place + _places(e, across, n // 2**30, D, BV, of_state), state)
         operand = gl.convert_layout(state.to(dtype), state_operand)
-        mbarrier.wait(loaded.index(stage), phase)
-        read = reads.load(gl.SliceLayout(0, of_out))
-        depart = departs.load(gl.SliceLayout(0, values_operand))
-        decay = whole
-        if n < C:
-            _zero_rows(b, n, C, D)
-            _zero_rows(v, n, C, BV)
-            fence_async_shared()
-            decay = gl.exp2(-s * n)
+        # Registers are short: the decays wait in shared memory. A chunk that is not full is the first or the last one taken.
+        if (c < 2) | (n < C):
             if REVERSE:
-                read = gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32))
+                reads.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
+                departs.store(gl.exp2(-s * (i + 1).to(gl.float32)))
             else:
-                depart = gl.exp2(-s * gl.maximum(n - 1 - j, 0).to(gl.float32))
+                reads.store(gl.exp2(-s * (i + 1).to(gl.float32)))
+                departs.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
+        mbarrier.wait(loaded.index(stage), phase)
+        if n < C:
+            _zero_rows(v, n, C, BV)
+            _zero_rows(b, n, C, D)
+            fence_async_shared()
 
         past = warpgroup_mma(operand, a.permute((1, 0)), zeros, use_acc=False, is_async=True)
         values = v.permute((1, 0)).load(values_operand)
         mbarrier.wait(scored.index(stage), phase)
         within = gl.convert_layout(values, state_operand)
         within = warpgroup_mma(within, scores_tiles.index(stage), zeros, use_acc=False, is_async=True)
+        if HALVES == 2:
+            # Gives the operand's registers back: with 208 all products would be serialised. The other half's run meanwhile.
+            past = warpgroup_mma_wait(1, deps=[past])
+        depart = departs.load(gl.SliceLayout(0, values_operand))
         decayed = values.to(gl.float32) * depart[None, :]
         leading = decayed.to(dtype)
-        trailing = (decayed - leading.to(gl.float32)).to(dtype)
-        state = state * decay
-        state = warpgroup_mma(leading, b, state, is_async=True)
-        state = warpgroup_mma(trailing, b, state, is_async=True)
-
-        past, within = warpgroup_mma_wait(2, deps=[past, within])
+        state = state * gl.exp2(-s * n)
+        if EXACT:
+            trailing = (decayed - leading.to(gl.float32)).to(dtype)
+            state = warpgroup_mma(leading, b, state, is_async=True)
+            state = warpgroup_mma(trailing, b, state, is_async=True)
+            past, within = warpgroup_mma_wait(2, deps=[past, within])
+        else:
+            state = warpgroup_mma(leading, b, state, is_async=True)
+            past, within = warpgroup_mma_wait(1, deps=[past, within])
+        read = reads.load(gl.SliceLayout(0, of_out))
         out = (past * read[None, :] + within).to(dtype)
+        tile = out_tiles.index(HALF * 2 + c % 2)
+        tma.store_wait(1)
+        tile.reshape([C, BV]).permute((1, 0)).store(out)
         if n == C:
-            tile = out_tiles.index(c % 2)
-            tma.store_wait(1)
-            tile.reshape([C, BV]).permute((1, 0)).store(out)
             fence_async_shared()
             if PAIR:
                 if second:
@@ -270,14 +270,40 @@ def _advance(
             else:
                 tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
         else:
-            rows = (start + t + i).to(gl.int64) * stride_ot
-            gl.store(out_rows + (rows[None, :] + m[:, None]), out, mask=(i < n)[None, :] & (m >= 0)[:, None])
+            _store_rows(out_rows, tile.reshape([C, BV]).load(ROWWISE), start + t, n, stride_ot)
         state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(free.index(stage), count=1)
     if LEAVING:
         if ends:
             gl.store(left + _places(e, across, chunks // 2**30, D, BV, of_state), state)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _advance(
+    given,
+    Out2,
+    HALF: gl.constexpr,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    BV: gl.constexpr,
+    REVERSE: gl.constexpr,
+    PAIR: gl.constexpr,
+    ENTRY: gl.constexpr,
+    SAVING: gl.constexpr,
+    LEAVING: gl.constexpr,
+    QUICK: gl.constexpr,
+    HALVES: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """`_chunks`, with one half of the value channels. QUICK has two loops: a branch around a product makes ptxas serialise all."""
+    if QUICK:
+        if given[2][0] >= QUICK_SLOPE * LOG2_E:
+            _chunks(given, Out2, HALF, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, False, HALVES, STAGES)
+        else:
+            _chunks(given, Out2, HALF, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, True, HALVES, STAGES)
+    else:
+        _chunks(given, Out2, HALF, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, True, HALVES, STAGES)
 
 
 @gluon.jit(do_not_specialize=["T", "documents"])
@@ -316,15 +342,18 @@ def sweep(
     ENTRY: gl.constexpr,
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
+    HALVES: gl.constexpr,
+    QUICK: gl.constexpr,
+    SLOW_FIRST: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """As `triton_lightning.sweep`. Grid: spans * H * D / BV, twice as many for a PAIR.
+    """As `triton_lightning.sweep`. Grid: spans * H * D / BV / HALVES, twice as many for a PAIR.
 
+    HALVES: 2 has all value channels in one program, else 1. QUICK: see QUICK_SLOPE. SLOW_FIRST: heads in reverse order.
     PAIR: a second sweep (A2, B2, V2 to Out2, with the strides of Out) beside the first, from the transposed states; their
     programs run side by side and find each other's tiles in the L2 cache. Left is written by the first alone. Else None.
     """
-    BLOCKS: gl.constexpr = D // BV
-    of_state: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    BLOCKS: gl.constexpr = D // (BV * HALVES)
     pid = gl.program_id(0)
     second = False
     if PAIR:
@@ -332,7 +361,9 @@ def sweep(
         pid = pid // 2
     w = pid // (H * BLOCKS)
     h = pid // BLOCKS % H
-    e = pid % BLOCKS * BV
+    if SLOW_FIRST:
+        h = H - 1 - h
+    e = pid % BLOCKS * (BV * HALVES)
     document = 0
     if VARLEN:
         document = _document(w, Cu, T, SEGMENT, documents)
@@ -348,20 +379,13 @@ def sweep(
 
     if VARLEN:
         if document == documents:
-            rowwise: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-            i = gl.arange(0, C, layout=gl.SliceLayout(1, rowwise))
-            m = gl.arange(0, BV, layout=gl.SliceLayout(0, rowwise))
-            nothing = gl.zeros([C, BV], OutRows.dtype.element_ty, rowwise)
+            nothing = gl.zeros([C, BV * HALVES], OutRows.dtype.element_ty, ROWWISE)
             for t in range(0, tokens, C):
-                rows = (start + t + i).to(gl.int64) * stride_ot
-                inside = (t + i < tokens)[:, None] & (m >= 0)[None, :]
-                gl.store(out_rows + (rows[:, None] + m[None, :]), nothing, mask=inside)
+                _store_rows(out_rows, nothing, start + t, tokens - t, stride_ot)
             if is_first:
                 before = _within(gl.load(Cu), T)
                 for t in range(0, before, C):
-                    rows = (t + i).to(gl.int64) * stride_ot
-                    inside = (t + i < before)[:, None] & (m >= 0)[None, :]
-                    gl.store(out_rows + (rows[:, None] + m[None, :]), nothing, mask=inside)
+                    _store_rows(out_rows, nothing, t, before - t, stride_ot)
             tokens = 0
             is_first = False
             is_last = False
@@ -373,10 +397,10 @@ def sweep(
         ends = is_first
     if PAIR:
         ends = ends & (second == 0)
-    state = gl.zeros([BV, D], gl.float32, of_state)
+    entry = Entry
+    entered = begins
     if ENTRY:
-        entry = Entry + (document.to(gl.int64) * H + h) * D * D
-        entered = begins
+        entry += (document.to(gl.int64) * H + h) * D * D
         if ENTRY >= 2:
             goes_on = (begins == 0) & (tokens > 0)
             if ENTRY == 2:
@@ -388,8 +412,6 @@ def sweep(
                 if REVERSE:
                     border = start + SEGMENT
                 entry = States + (_border(row, border, T, SEGMENT).to(gl.int64) * H + h) * D * D
-        if entered:
-            state = gl.load(entry + _places(e, across, 0, D, BV, of_state))
     saved = Saved + (_border(row, start, T, SAVE).to(gl.int64) * H + h) * D * D
     left = Left + (document.to(gl.int64) * H + h) * D * D
     s = gl.load(Slopes + h) * LOG2_E
@@ -397,44 +419,47 @@ def sweep(
 
     a_tiles = gl.allocate_shared_memory(A.dtype, [STAGES] + A.block_type.shape, A.layout)
     b_tiles = gl.allocate_shared_memory(B_.dtype, [STAGES] + B_.block_type.shape, B_.layout)
-    v_tiles = gl.allocate_shared_memory(V.dtype, [STAGES] + V.block_type.shape, V.layout)
+    v_tiles = gl.allocate_shared_memory(V.dtype, [STAGES * HALVES] + V.block_type.shape, V.layout)
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     scores_tiles = gl.allocate_shared_memory(A.dtype, [STAGES, C, C], square)
-    out_tiles = gl.allocate_shared_memory(Out.dtype, [2] + Out.block_type.shape, Out.layout)
+    out_tiles = gl.allocate_shared_memory(Out.dtype, [2 * HALVES] + Out.block_type.shape, Out.layout)
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    reads = gl.allocate_shared_memory(gl.float32, [C], vector)
-    departs = gl.allocate_shared_memory(gl.float32, [C], vector)
+    reads = gl.allocate_shared_memory(gl.float32, [HALVES, C], vector)
+    departs = gl.allocate_shared_memory(gl.float32, [HALVES, C], vector)
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     scored = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(scored.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=HALVES)
     fence_async_shared()
 
-    gl.warp_specialize(
-        [
-            (
-                _advance,
-                (
-                    state, Out, Out2, second, out_rows, stride_ot, saved, left, across, ends, H * D * D,
-                    a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free,
-                    s, row, start, h, e, tokens, chunks, SAVE, C, D, BV, REVERSE, PAIR, SAVING, LEAVING, STAGES,
-                ),
-            ),
-            (
-                _score,
-                (a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks, C, D, REVERSE, STAGES),
-            ),
-            (
-                _load,
-                (
-                    A, B_, V, A2, B2, V2, second, a_tiles, b_tiles, v_tiles, loaded, free,
-                    row, start, h, e, chunks, C, REVERSE, PAIR, STAGES,
-                ),
-            ),
-        ],
-        [4, 1],
-        [128, 24],
-    )  # fmt: skip
+    given = (
+        (Out, second, out_rows, stride_ot, entry, entered, saved, left, across, ends, H * D * D),
+        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free),
+        (s, row, start, h, e, tokens, chunks, SAVE),
+    )
+    score = (a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks)
+    load = (A, B_, V, second, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks)
+    if HALVES == 1:
+        gl.warp_specialize(
+            [
+                (_advance, (given, Out2, 0, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, QUICK, HALVES, STAGES)),
+                (_score, (score, C, D, REVERSE, HALVES, STAGES)),
+                (_load, (load, A2, B2, V2, C, BV, REVERSE, PAIR, HALVES, STAGES)),
+            ],
+            [4, 1],
+            [128, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_advance, (given, Out2, 0, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, QUICK, HALVES, STAGES)),
+                (_advance, (given, Out2, 1, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, QUICK, HALVES, STAGES)),
+                (_score, (score, C, D, REVERSE, HALVES, STAGES)),
+                (_load, (load, A2, B2, V2, C, BV, REVERSE, PAIR, HALVES, STAGES)),
+            ],
+            [4, 4, 1],
+            [208, 72, 24],
+        )
