@@ -180,24 +180,24 @@ def _decode() -> Section:
 
 
 def _ring_block() -> Section:
-    def entry(name: str, *, cudnn: bool = False, dtype: torch.dtype | None = None, refusal=_takes_all) -> Entry:
+    def entry(name: str, implementation: str, *, dtype: torch.dtype | None = None, refusal=_takes_all) -> Entry:
         def make(measure: str, shape: Shape) -> Call:
             def tensor(seed: int, heads: int) -> torch.Tensor:
                 return shape.normal(1, shape.tokens, heads, shape.dim)(seed).to(dtype or shape.dtype)
 
             shared = max(shape.heads // RING_QUERIES_PER_KEY, 1)
             q, k, v = tensor(1, shape.heads), tensor(2, shared), tensor(3, shared)
-            scale = shape.dim**-0.5
+            options = {"scale": shape.dim**-0.5, "causal": False, "implementation": implementation}
 
             def forward() -> tuple[torch.Tensor, torch.Tensor]:
-                return softmax_attention_forward(q, k, v, scale=scale, causal=False, cudnn=cudnn)
+                return softmax_attention_forward(q, k, v, **options)
 
             if measure == "forward":
                 return forward
             gradient, (o, lse) = tensor(4, shape.heads), forward()
-            return lambda: softmax_attention_backward(gradient, q, k, v, o, lse, scale=scale, causal=False, cudnn=cudnn)
+            return lambda: softmax_attention_backward(gradient, q, k, v, o, lse, **options)
 
         return Entry(name, make, lambda measure, shape: None, refusal=refusal, growth=2)
 
-    plain = entry("torch path", dtype=torch.float32, refusal=_few_tokens)
-    return Section("ring block", (entry(OURS), entry("ours, cuDNN", cudnn=True)), plain)
+    plain = entry("torch path", "auto", dtype=torch.float32, refusal=_few_tokens)
+    return Section("ring block", (entry(OURS, "auto"), entry("ours, flash", "flash")), plain)

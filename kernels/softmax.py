@@ -31,8 +31,11 @@ def softmax_attention(
     cu_seqlens: int32 [S+1], document lengths of a pack with B = 1 and Tk = T: no attention across documents, and cost
         that of the documents, not of the pack. Tokens from cu_seqlens[-1] on are padding: not read, zero output.
         Read on the host, except on CUDA in half precision with max_seqlen (the longest document) given.
-    Runs PyTorch's fused attention: flash on CPU and CUDA; the varlen flash kernel for packs in half precision on CUDA (D a
-    multiple of 8 up to 256; else document by document).
+    Runs PyTorch's fused attention: flash on CPU; on CUDA what scaled_dot_product_attention prefers, in half precision cuDNN from its
+    9.15.1 on, on compute capability 9 and 10 (torch 2.11 to 2.13, unless TORCH_CUDNN_SDPA_DEPRIORITIZED is set,
+    torch.backends.cuda.enable_cudnn_sdp(False) or torch.use_deterministic_algorithms), else flash; the varlen flash kernel for packs
+    in half precision on CUDA (D a multiple of 8 up to 256; else document by document). With return_lse the kernels of
+    `softmax_attention_forward`.
     return_lse: also lse [B, Hq, T], the natural logarithm of sum exp(scale * q k^T) over a query's keys: fp32 (fp64 for fp64
         inputs), -inf in padding. A gradient that reaches lse raises NotImplementedError.
     Raises ValueError for shapes or devices that break the above, and where cu_seqlens is read for one that does not rise from 0 to at

@@ -5,10 +5,11 @@ merge_attention joins two of them, and softmax_attention_backward takes the join
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from m1_kernels.checks import document_edges
+from m1_kernels.choice import Implementation, choose
 from torch import Tensor
 
 __all__ = ["longest_document", "merge_attention", "softmax_attention_backward", "softmax_attention_forward"]
@@ -17,7 +18,23 @@ HALF = (torch.float16, torch.bfloat16)
 SCORES_AT_ONCE = 2**27
 """Scores that the plain path holds at a time (0.5 GiB in float32)."""
 CUDNN_TOKENS = 1024
-"""Queries and keys of the shortest block that goes to cuDNN."""
+"""Queries and keys of the shortest block that "auto" gives to cuDNN, which plans every new shape on the host; shorter ones were not
+timed."""
+CUDNN_TILE = 128
+"""Of what queries and keys must be multiples: with 64 keys over, cuDNN before 9.26 may make NaN of dq where all scores are below -88
+(cudnn-frontend pull request 628)."""
+CUDNN_VERSION = 91501
+"""From here on torch prefers cuDNN to flash (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of 2.11 to 2.13)."""
+CUDNN_ELEMENTS = 2**31
+"""Of q, where 32-bit offsets end; the largest that has run, 65,536 queries of 64 heads of 128, has a quarter of it."""
+WHY = {
+    "cudnn": "1.7 to 1.9 times flash on Hopper",
+    "flash": "fused, scores never in memory",
+    "plain": "products in slabs of queries",
+}
+"""The reason to log when "auto" picks an implementation."""
+
+type Kernel = Callable[..., tuple[Tensor, ...]]
 
 
 def softmax_attention_forward(
@@ -31,7 +48,7 @@ def softmax_attention_forward(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    cudnn: bool = False,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, Hq, D] in the dtype of q, and lse [B, Hq, T], the natural logarithm of each query's sum of exponentials.
 
@@ -41,21 +58,27 @@ def softmax_attention_forward(
     cu_seqlens_q, cu_seqlens_k: int32 [S+1], both or neither: documents of a pack with B = 1; each that has queries has keys.
         Rows from cu_seqlens[-1] on are padding: not read, zero output, lse -inf. Read on the host, except where the varlen flash
         kernel runs and max_seqlen_q and max_seqlen_k (the longest document's) are given.
-    cudnn: dense blocks of at least CUDNN_TOKENS queries and keys go to cuDNN's kernel in place of flash where it takes them, on
-        Hopper and newer. It has not run yet, so nothing asks for it but its test (`tests/gpu/test_softmax_attention.py`).
-    CPU: PyTorch's flash kernel. CUDA: for half precision with D a multiple of 8 up to 256 flash, varlen for packs; else plain
-    matrix products in slabs of queries.
+    implementation: "auto", which logs every new choice once and takes the first that can run, or one of
+        "cudnn": half precision with D a multiple of 8 up to 128, T and Tk of CUDNN_TILE, on compute capability 9 and 10; "auto" from
+            CUDNN_TOKENS on. Its backward pass adds up dq in no fixed order: torch.use_deterministic_algorithms rules it out, and so
+            does torch.backends.cuda.enable_cudnn_sdp(False).
+        "flash": PyTorch's kernel on CPU, and on CUDA for half precision with D a multiple of 8 up to 256, varlen for packs. Repeatable
+            under torch.use_deterministic_algorithms.
+        "plain": matrix products in slabs of queries, on CUDA.
+        Packs: flash, or document by document. Not cuDNN, whose varlen backward in torch 2.11 takes D for the longest document and
+        writes out of bounds (pytorch pull request 186142); torch's own varlen_attn does not take it in 2.13 either.
+    Raises ValueError for an implementation that cannot run.
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return _dense_forward(q, k, v, scale, causal, cudnn)
-    if _flash_on_cuda(q):
+        return _dense_forward(q, k, v, scale, causal, implementation)
+    if _varlen_flash(q, implementation):
         longest = longest_document(cu_seqlens_q, max_seqlen_q), longest_document(cu_seqlens_k, max_seqlen_k)
         o, lse = _flash_cuda_forward(q[0], k[0], v[0], scale, causal, (cu_seqlens_q, cu_seqlens_k, *longest))
         covered = _covered(q, cu_seqlens_q)
         return o.where(covered[:, None, None], 0)[None], lse.where(covered, -torch.inf)[None]
     o, lse = torch.zeros_like(q), q.new_full(_lse_shape(q), -torch.inf, dtype=_computation_dtype(q))
     for at, keys in _documents(q, k, cu_seqlens_q, cu_seqlens_k):
-        o[:, at], lse[:, :, at] = _dense_forward(q[:, at], k[:, keys], v[:, keys], scale, causal)
+        o[:, at], lse[:, :, at] = _dense_forward(q[:, at], k[:, keys], v[:, keys], scale, causal, implementation)
     return o, lse
 
 
@@ -73,7 +96,7 @@ def softmax_attention_backward(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    cudnn: bool = False,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of this block, shaped and typed like q, k, v; zero in padding.
 
@@ -81,8 +104,8 @@ def softmax_attention_backward(
     do [B, T, Hq, D]: gradient of that o. The rest as for softmax_attention_forward.
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return _dense_backward(do, q, k, v, o, lse, scale, causal, cudnn)
-    if _flash_on_cuda(q):
+        return _dense_backward(do, q, k, v, o, lse, scale, causal, implementation)
+    if _varlen_flash(q, implementation):
         longest = longest_document(cu_seqlens_q, max_seqlen_q), longest_document(cu_seqlens_k, max_seqlen_k)
         pack = cu_seqlens_q, cu_seqlens_k, *longest
         gradients = _flash_cuda_backward(do[0], q[0], k[0], v[0], o[0], lse[0], scale, causal, pack)
@@ -94,7 +117,7 @@ def softmax_attention_backward(
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for at, keys in _documents(q, k, cu_seqlens_q, cu_seqlens_k):
         dq[:, at], dk[:, keys], dv[:, keys] = _dense_backward(
-            do[:, at], q[:, at], k[:, keys], v[:, keys], o[:, at], lse[:, :, at], scale, causal
+            do[:, at], q[:, at], k[:, keys], v[:, keys], o[:, at], lse[:, :, at], scale, causal, implementation
         )
     return dq, dk, dv
 
@@ -108,57 +131,116 @@ def merge_attention(o: Tensor, lse: Tensor, block_o: Tensor, block_lse: Tensor) 
     return torch.lerp(o, block_o.to(o.dtype), share), torch.logaddexp(lse, block_lse)
 
 
-def _dense_forward(q, k, v, scale: float, causal: bool, cudnn: bool = False) -> tuple[Tensor, Tensor]:
+def _dense_forward(q, k, v, scale: float, causal: bool, implementation: str) -> tuple[Tensor, Tensor]:
     before = k.shape[1] - q.shape[1]
     if not causal or before == 0 or q.shape[1] == 1:
-        return _block_forward(q, k, v, scale, causal and before == 0, cudnn)
-    o, lse = _block_forward(q, k[:, :before], v[:, :before], scale, False, cudnn)
-    diagonal = _block_forward(q, k[:, before:], v[:, before:], scale, True, cudnn)
+        return _block_forward(q, k, v, scale, causal and before == 0, implementation)
+    o, lse = _block_forward(q, k[:, :before], v[:, :before], scale, False, implementation)
+    diagonal = _block_forward(q, k[:, before:], v[:, before:], scale, True, implementation)
     merged, lse = merge_attention(o.to(lse.dtype), lse, *diagonal)
     return merged.to(q.dtype), lse
 
 
 def _dense_backward(
-    do, q, k, v, o, lse, scale: float, causal: bool, cudnn: bool = False
+    do, q, k, v, o, lse, scale: float, causal: bool, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     before = k.shape[1] - q.shape[1]
     if not causal or before == 0 or q.shape[1] == 1:
-        return _block_backward(do, q, k, v, o, lse, scale, causal and before == 0, cudnn)
-    first = _block_backward(do, q, k[:, :before], v[:, :before], o, lse, scale, False, cudnn)
-    second = _block_backward(do, q, k[:, before:], v[:, before:], o, lse, scale, True, cudnn)
+        return _block_backward(do, q, k, v, o, lse, scale, causal and before == 0, implementation)
+    first = _block_backward(do, q, k[:, :before], v[:, :before], o, lse, scale, False, implementation)
+    second = _block_backward(do, q, k[:, before:], v[:, before:], o, lse, scale, True, implementation)
     return first[0] + second[0], torch.cat([first[1], second[1]], 1), torch.cat([first[2], second[2]], 1)
 
 
-def _block_forward(q, k, v, scale: float, causal: bool, cudnn: bool) -> tuple[Tensor, Tensor]:
+def _block_forward(q, k, v, scale: float, causal: bool, implementation: str) -> tuple[Tensor, Tensor]:
     """Either all keys for every query, or as many keys as queries and the causal triangle."""
-    if q.device.type == "cpu":
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
+    kernels = {"cudnn": _cudnn_forward, "flash": _flash_forward, "plain": _plain_forward}
+    return _choose("softmax attention of a block", kernels, implementation, q, k, v, causal)(q, k, v, scale, causal)
+
+
+def _block_backward(
+    do, q, k, v, o, lse, scale: float, causal: bool, implementation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = {"cudnn": _cudnn_backward, "flash": _flash_backward, "plain": _plain_backward}
+    chosen = _choose("gradients of softmax attention of a block", kernels, implementation, q, k, v, causal)
+    return chosen(do, q, k, v, o, lse, scale, causal)
+
+
+def _choose(operator: str, kernels: dict[str, Kernel], implementation: str, q, k, v, causal: bool) -> Kernel:
+    least = CUDNN_TOKENS if implementation == "auto" else CUDNN_TILE
+    obstacles = {
+        "cudnn": lambda x: _cudnn_obstacle(x, k, v, causal, least),
+        "flash": _flash_obstacle,
+        "plain": lambda x: None if x.is_cuda else f"it runs on cuda, not {x.device}",
+    }
+    implementations = {
+        name: Implementation(
+            kernel, obstacles[name], WHY[name], auto_on=("cpu", "cuda") if name == "flash" else ("cuda",)
         )
-        return o.transpose(1, 2), lse
-    if cudnn and _cudnn_takes(q, k, v, causal):
-        return _cudnn_forward(q, k, v, scale, causal)
-    if _flash_on_cuda(q):
+        for name, kernel in kernels.items()
+    }
+    return choose(operator, implementations, implementation, q).run
+
+
+def _varlen_flash(q: Tensor, implementation: str) -> bool:
+    """Whether a pack goes to the varlen flash kernel; else document by document."""
+    if implementation == "cudnn":
+        raise ValueError(
+            "implementation='cudnn' takes dense blocks, no cu_seqlens; implementation='auto' picks another"
+        )
+    return q.is_cuda and implementation in ("auto", "flash") and _flash_obstacle(q) is None
+
+
+def _flash_obstacle(q: Tensor) -> str | None:
+    if q.device.type == "cpu":
+        return None
+    if not q.is_cuda:
+        return f"it runs on cpu and cuda, not {q.device}"
+    if q.dtype not in HALF:
+        return f"it takes float16 and bfloat16 on cuda, not {q.dtype}"
+    if q.shape[-1] > 256 or q.shape[-1] % 8:
+        return f"D={q.shape[-1]} must be a multiple of 8 up to 256"
+    return None
+
+
+def _cudnn_obstacle(q, k, v, causal: bool, least: int) -> str | None:
+    queries, keys, width = q.shape[1], k.shape[1], q.shape[-1]
+    if not q.is_cuda or q.dtype not in HALF:
+        return f"it takes float16 and bfloat16 on cuda, not {q.dtype} on {q.device}"
+    if torch.cuda.get_device_capability(q.device)[0] not in (9, 10):
+        return "it leads on compute capability 9 and 10 alone"
+    if (torch.backends.cudnn.version() or 0) < CUDNN_VERSION:
+        return f"cuDNN {torch.backends.cudnn.version()} must be {CUDNN_VERSION} or newer"
+    if width > 128 or width % 8:
+        return f"D={width} must be a multiple of 8 up to 128"
+    if min(queries, keys) < least or queries % CUDNN_TILE or keys % CUDNN_TILE:
+        return f"T={queries} and Tk={keys} must be multiples of {CUDNN_TILE}, at least {least}"
+    if q.numel() >= CUDNN_ELEMENTS:
+        return f"q {tuple(q.shape)} must have less than {CUDNN_ELEMENTS} elements"
+    heads_first = (x.detach().transpose(1, 2) for x in (q, k, v))
+    block = torch.backends.cuda.SDPAParams(*heads_first, None, 0.0, causal, q.shape[2] != k.shape[2])
+    if not torch.backends.cuda.can_use_cudnn_attention(block):
+        return "torch refuses it (torch.use_deterministic_algorithms, torch.backends.cuda.enable_cudnn_sdp)"
+    return None
+
+
+def _flash_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    if q.is_cuda:
         return _flash_cuda_forward(q, k, v, scale, causal, None)
-    return _plain_forward(q, k, v, scale, causal)
+    o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
+    )
+    return o.transpose(1, 2), lse
 
 
-def _block_backward(do, q, k, v, o, lse, scale: float, causal: bool, cudnn: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if q.device.type == "cpu":
-        heads_first = (x.transpose(1, 2) for x in (do, q, k, v, o))
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *heads_first, lse, 0.0, causal, scale=scale
-        )
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-    if cudnn and _cudnn_takes(q, k, v, causal):
-        return _cudnn_backward(do, q, k, v, o, lse, scale, causal)
-    if _flash_on_cuda(q):
+def _flash_backward(do, q, k, v, o, lse, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if q.is_cuda:
         return _flash_cuda_backward(do, q, k, v, o, lse, scale, causal, None)
-    return _plain_backward(do, q, k, v, o, lse, scale, causal)
-
-
-def _flash_on_cuda(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in HALF and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+    heads_first = (x.transpose(1, 2) for x in (do, q, k, v, o))
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *heads_first, lse, 0.0, causal, scale=scale
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _flash_cuda_forward(q, k, v, scale: float, causal: bool, pack: tuple | None) -> tuple[Tensor, Tensor]:
@@ -176,16 +258,6 @@ def _flash_cuda_backward(do, q, k, v, o, lse, scale: float, causal: bool, pack: 
     )
 
 
-def _cudnn_takes(q, k, v, causal: bool) -> bool:
-    """Whether cuDNN takes this block and is worth it: it plans every new shape on the host, and leads on Hopper alone."""
-    long = min(q.shape[1], k.shape[1]) >= CUDNN_TOKENS
-    if not (_flash_on_cuda(q) and long and torch.cuda.get_device_capability(q.device) >= (9, 0)):
-        return False
-    heads_first = (x.detach().transpose(1, 2) for x in (q, k, v))
-    block = torch.backends.cuda.SDPAParams(*heads_first, None, 0.0, causal, q.shape[2] != k.shape[2])
-    return torch.backends.cuda.can_use_cudnn_attention(block)
-
-
 def _cudnn_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -194,7 +266,8 @@ def _cudnn_forward(q, k, v, scale: float, causal: bool) -> tuple[Tensor, Tensor]
     return o.transpose(1, 2), lse.view(_lse_shape(q))
 
 
-def _cudnn_backward(do, q, k, v, o, lse, scale: float, causal: bool):
+def _cudnn_backward(do, q, k, v, o, lse, scale: float, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    # contiguous: torch finds a plan again by the strides of q, k and v alone, not by those of do and o (2.11 to 2.13)
     heads_first = (x.transpose(1, 2) for x in (do.contiguous(), q, k, v, o.contiguous()))
     no_dropout = (torch.empty((), dtype=torch.int64, device=q.device),) * 2
     no_bias = no_pack = None

@@ -38,7 +38,8 @@ class AttentionPlan:
     (query, key) pair once."""
 
     local: Pack
-    """Documents of the local row, for causal attention among its own tokens. Local pieces of one document touch."""
+    """Documents of the local row, where there are several, for causal attention among its own tokens. Local pieces of one document
+    touch."""
     by_rank: tuple[Block | None, ...]
     """Local queries against the keys of each rank; None where no local query sees any of them, and for this rank."""
     gathered: tuple[Block, ...]
@@ -136,7 +137,8 @@ def _make(layout: SequenceLayout, device: torch.device) -> AttentionPlan:
             (before if p.chunk == first else between)[p.document] = document_start + start, document_start + p.start
     gathered = (_block(everything, before, device), _block(behind, between, device))
 
-    local = _pack(list(everything.values()), list(everything.values()), device) if layout.packed else {}
+    # a single one, padding behind it being another, is the whole row: no pack, for which cuDNN has no kernel
+    local = _pack(list(everything.values()), list(everything.values()), device) if len(everything) > 1 else {}
     return AttentionPlan(local, tuple(by_rank), tuple(block for block in gathered if block is not None))
 
 

@@ -1,8 +1,11 @@
-"""Softmax attention with log-sum-exp on CUDA: flash, varlen flash, and the plain path, against the formula in float64."""
+"""Softmax attention with log-sum-exp on CUDA: cuDNN, flash, varlen flash, and the plain path, against the formula in float64."""
+
+import logging
 
 import pytest
 import torch
 from m1_kernels import (
+    choice,
     merge_attention,
     softmax_attention,
     softmax_attention_backward,
@@ -92,10 +95,28 @@ def test_pack_in_half_precision_does_not_wait_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("cudnn", [False, True])
-@pytest.mark.parametrize("times", [1, 8])
-@pytest.mark.parametrize("dtype", BOUNDS)
-def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype: torch.dtype, times: int, cudnn: bool) -> None:
+def chosen(caplog) -> list[str]:
+    """Kernels of dense blocks that were logged since the last call, forward and backward."""
+    names = [r.getMessage().split(": ")[1].split()[0] for r in caplog.records if "of a block on cuda" in r.getMessage()]
+    caplog.clear()
+    choice._log_once.cache_clear()
+    return names
+
+
+@pytest.fixture
+def kernels(caplog):
+    choice._log_once.cache_clear()
+    caplog.set_level(logging.INFO, logger="m1_kernels")
+    return lambda: chosen(caplog)
+
+
+CASES = [(dtype, times, "auto") for dtype in BOUNDS for times in (1, 8)] + [
+    (dtype, 8, "flash") for dtype in (torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize("dtype, times, implementation", CASES)
+def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype, times: int, implementation: str, kernels) -> None:
     """A causal block, a full one over a part of the queries, and a pack with other lengths; long enough for cuDNN, or not."""
     n = [times * x for x in range(449)]
     q, k, v, do = make(n[192], n[448], 128, dtype)
@@ -112,11 +133,13 @@ def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype: torch.dtype, times: int
         (slice(n[64], n[192]), slice(n[192], n[320]), {"causal": False}),
         (slice(0, n[192]), slice(n[320], n[448]), {"causal": False, **pack}),
     ]
-    dense = softmax_blocks._cudnn_takes(q[:, : n[128]], k[:, : n[128]], v[:, : n[128]], False)
-    assert dense == (times == 8 and dtype in (torch.bfloat16, torch.float16) and HOPPER)
+    expected = "cudnn" if times == 8 and implementation == "auto" and HOPPER else "flash"
+    expected = expected if dtype in softmax_blocks.HALF else "plain"
     o = lse = None
     for rows, keys, options in blocks:
-        part = softmax_attention_forward(q[:, rows], k[:, keys], v[:, keys], scale=SCALE, cudnn=cudnn, **options)
+        part = softmax_attention_forward(
+            q[:, rows], k[:, keys], v[:, keys], scale=SCALE, implementation=implementation, **options
+        )
         if o is None:
             o, lse = part[0].to(part[1].dtype), part[1]
         else:
@@ -125,9 +148,93 @@ def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype: torch.dtype, times: int
     gradients = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
     for rows, keys, options in blocks:
         parts = softmax_attention_backward(
-            do[:, rows], q[:, rows], k[:, keys], v[:, keys], o[:, rows], lse[:, :, rows], scale=SCALE, cudnn=cudnn,
-            **options,
+            do[:, rows], q[:, rows], k[:, keys], v[:, keys], o[:, rows], lse[:, :, rows], scale=SCALE,
+            implementation=implementation, **options,
         )  # fmt: skip
         for gradient, part, at in zip(gradients, parts, (rows, keys, keys)):
             gradient[:, at] += part
+    assert kernels() == [expected, expected]
     assert_close([o, lse, *gradients], formula(q, k, v, do, visible), dtype)
+
+
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    "queries, keys, key_heads", [(1024, 2048, 2), (2048, 1024, 2), (1152, 3200, 1), (1024, 1024, 8), (3072, 3072, 2)]
+)
+def test_cudnn_at_lengths_heads_and_strides_of_its_own(queries, keys, key_heads, width: int, kernels) -> None:
+    """Half blocks of the zig-zag, tiles that are no power of two, any grouping, slices of a longer row and of a projection."""
+    q, k, v, do = make(queries, keys, width, torch.bfloat16, batch=2, key_heads=key_heads)
+    packed = torch.cat([k, v], dim=2)
+    k, v = packed.split(key_heads, dim=2)
+    longer = torch.cat([q[:, :128], q], dim=1)
+    q = longer[:, 128:]
+    for causal in {False, queries == keys}:
+        visible = torch.ones(queries, keys, dtype=torch.bool, device="cuda")
+        options = {"scale": SCALE, "causal": causal, "implementation": "cudnn"}
+        o, lse = softmax_attention_forward(q, k, v, **options)
+        gradients = softmax_attention_backward(do, q, k, v, o, lse, **options)
+        assert_close([o, lse, *gradients], formula(q, k, v, do, visible.tril() if causal else visible), torch.bfloat16)
+    assert kernels() == ["cudnn", "cudnn"]
+
+
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+def test_cudnn_stays_finite_where_all_scores_are_very_negative() -> None:
+    """Queries that point away from every key, as of a head with massive activations: exp(0 - lse) is beyond fp32."""
+    q, k, v, do = make(1024, 1152, 128, torch.bfloat16)
+    q[..., 0], k[..., 0] = 40, -40
+    visible = torch.ones(1024, 1152, dtype=torch.bool, device="cuda")
+    options = {"scale": SCALE, "causal": False, "implementation": "cudnn"}
+    o, lse = softmax_attention_forward(q, k, v, **options)
+    assert lse.max() < -150
+    gradients = softmax_attention_backward(do, q, k, v, o, lse, **options)
+    assert all(x.isfinite().all() for x in (o, *gradients))
+    # without the channel of the large values, in which rounding of delta is all there is to dq
+    actual, expected = [o, lse, *gradients], formula(q, k, v, do, visible)
+    for results in (actual, expected):
+        results[2] = results[2][..., 1:]
+    assert_close(actual, expected, torch.bfloat16)
+
+
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+def test_deterministic_algorithms_rule_cudnn_out_and_repeat(kernels) -> None:
+    q, k, v, do = make(2048, 2048, 128, torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [with_gradients(q, k, v, do) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernels() == ["flash", "flash"]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    with_gradients(q, k, v, do)
+    assert kernels() == ["cudnn", "cudnn"]
+
+
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+def test_cudnn_neither_waits_for_the_gpu_nor_keeps_a_graph_from_being_captured(kernels) -> None:
+    q, k, v, do = make(1024, 2048, 128, torch.bfloat16)
+
+    def run() -> list[torch.Tensor]:
+        o, lse = softmax_attention_forward(q, k, v, scale=SCALE, causal=False)
+        return [o, lse, *softmax_attention_backward(do, q, k, v, o, lse, scale=SCALE, causal=False)]
+
+    expected = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    assert kernels() == ["cudnn", "cudnn"]
+    assert_close(captured, [x.double() for x in expected], torch.bfloat16)
+
+
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+def test_dense_layers_without_context_parallelism_run_cudnn_as_well() -> None:
+    q, k, v, _ = make(2048, 2048, 128, torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        softmax_attention(q, k, v, scale=SCALE)
+    assert "aten::_scaled_dot_product_cudnn_attention" in {event.key for event in trace.key_averages()}

@@ -1,10 +1,14 @@
 """Softmax attention against the formula in float64."""
 
+import logging
+
 import pytest
 import torch
-from m1_kernels import softmax_attention, softmax_blocks
+from m1_kernels import choice, softmax_attention, softmax_blocks
 from m1_kernels.softmax_blocks import merge_attention, softmax_attention_backward, softmax_attention_forward
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SCALE = 0.3
 
@@ -172,24 +176,137 @@ def test_blocks_of_keys_merge_forward_and_backward(kernel) -> None:
     torch.testing.assert_close(torch.cat([part[2] for part in parts], 1), dv, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_cudnn_runs_only_where_it_is_asked_for(asked: bool, monkeypatch) -> None:
-    """On blocks that seem to lie on a GPU and to be long enough; flash takes the others."""
-    taken = []
+FUSED = {
+    "aten._scaled_dot_product_cudnn_attention.default": "cudnn",
+    "aten._scaled_dot_product_cudnn_attention_backward.default": "cudnn",
+    "aten._flash_attention_forward.default": "flash",
+    "aten._flash_attention_backward.default": "flash",
+}
 
-    def passes(name: str, *results: str):
-        return lambda q, k, v, *rest: (taken.append(name), q, k, v)[1 : 1 + len(results)]
 
-    monkeypatch.setattr(softmax_blocks, "_cudnn_takes", lambda *x: True)
-    monkeypatch.setattr(softmax_blocks, "_flash_on_cuda", lambda q: True)
-    for kernel in ("cudnn", "flash_cuda"):
-        monkeypatch.setattr(softmax_blocks, f"_{kernel}_forward", passes(kernel, "o", "lse"))
-        monkeypatch.setattr(softmax_blocks, f"_{kernel}_backward", passes(kernel, "dq", "dk", "dv"))
-    x = torch.empty(1, 8, 2, 16, device="meta")
-    options = {"scale": SCALE, "causal": True, "cudnn": True} if asked else {"scale": SCALE, "causal": True}
-    softmax_attention_forward(x, x, x, **options)
-    softmax_attention_backward(x, x, x, x, x, x[..., 0], **options)
-    assert taken == (["cudnn"] if asked else ["flash_cuda"]) * 2
+class Fused(TorchDispatchMode):
+    """Notes the fused kernels that are called, and with `causal` what each was told about the mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[str] = []
+        self.causal: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function) in FUSED:
+            self.kernels.append(FUSED[str(function)])
+            named = dict(zip((argument.name for argument in function._schema.arguments), args))
+            self.causal.append(named.get("is_causal", False))  # a default is left out of args
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> None:
+    """A Hopper GPU as far as the choice of a kernel goes; with fake tensors torch checks the calls, and nothing runs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: softmax_blocks.CUDNN_VERSION)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda block: True)
+
+
+def fused_kernels(
+    queries=2048, keys=1024, heads=8, width=128, dtype=torch.bfloat16, causal=False, pack=False, **options
+) -> Fused:
+    """Of a forward and a backward pass on fake CUDA tensors."""
+    with FakeTensorMode(), Fused() as fused:
+        q, do = torch.empty(2, 1, queries, heads, width, dtype=dtype, device="cuda")
+        k, v = torch.empty(2, 1, keys, 2, width, dtype=dtype, device="cuda")
+        if pack:
+            edges = torch.empty(3, dtype=torch.int32, device="cuda")
+            options |= {"cu_seqlens_q": edges, "cu_seqlens_k": edges, "max_seqlen_q": 1024, "max_seqlen_k": 1024}
+        o, lse = softmax_attention_forward(q, k, v, scale=SCALE, causal=causal, **options)
+        assert (o.shape, o.dtype, lse.shape, lse.dtype) == (q.shape, dtype, (1, heads, queries), torch.float32)
+        gradients = softmax_attention_backward(do, q, k, v, o, lse, scale=SCALE, causal=causal, **options)
+        assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, dtype) for x in (q, k, v)]
+    return fused
+
+
+@pytest.mark.parametrize(
+    "block, kernel",
+    [
+        ({}, "cudnn"),
+        ({"queries": 1024, "dtype": torch.float16, "causal": True}, "cudnn"),
+        ({"queries": 512}, "flash"),
+        ({"keys": 512}, "flash"),
+        ({"queries": 512, "implementation": "cudnn"}, "cudnn"),
+        ({"queries": 2048 + 64}, "flash"),
+        ({"keys": 1024 + 64}, "flash"),
+        ({"width": 136}, "flash"),
+        ({"width": 100}, None),
+        ({"dtype": torch.float32}, None),
+        ({"queries": 2**18, "heads": 64}, "flash"),
+        ({"queries": 2**17, "heads": 64}, "cudnn"),
+        ({"implementation": "flash"}, "flash"),
+        ({"implementation": "plain"}, None),
+        ({"pack": True}, "flash"),
+    ],
+)
+def test_cudnn_computes_long_dense_blocks(block: dict, kernel: str | None, hopper) -> None:
+    assert fused_kernels(**block).kernels == ([kernel] * 2 if kernel else [])
+
+
+@pytest.mark.parametrize(
+    "module, name, answer",
+    [
+        (torch.cuda, "get_device_capability", (8, 0)),
+        (torch.cuda, "get_device_capability", (12, 0)),
+        (torch.backends.cudnn, "version", 91002),
+        (torch.backends.cudnn, "version", None),
+        (torch.backends.cuda, "can_use_cudnn_attention", False),
+    ],
+)
+def test_flash_takes_over_where_cudnn_may_not(module, name: str, answer, hopper, monkeypatch) -> None:
+    monkeypatch.setattr(module, name, lambda *x: answer)
+    assert fused_kernels().kernels == ["flash", "flash"]
+    with pytest.raises(ValueError, match=r"implementation='cudnn' cannot run: .*; implementation='auto' picks another"):
+        fused_kernels(implementation="cudnn")
+
+
+def test_keys_before_the_queries_are_a_block_of_their_own(hopper) -> None:
+    fused = fused_kernels(queries=1024, keys=3072, causal=True)
+    assert fused.kernels == ["cudnn"] * 4 and fused.causal == [False, True] * 2
+
+
+def test_choices_are_logged_once(hopper, caplog) -> None:
+    choice._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="m1_kernels"):
+        for _ in range(2):
+            fused_kernels()
+            fused_kernels(queries=512)
+    operators = "softmax attention of a block", "gradients of softmax attention of a block"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{operator} on cuda: {name} ({softmax_blocks.WHY[name]})"
+        for name in ("cudnn", "flash")
+        for operator in operators
+    ]
+
+
+def test_implementations_that_cannot_run_are_refused(hopper) -> None:
+    x = torch.zeros(1, 4, 2, 8)
+    edges = torch.tensor([0, 4], dtype=torch.int32)
+    pack = {"cu_seqlens_q": edges, "cu_seqlens_k": edges}
+    for options, message in (
+        (
+            {"implementation": "cudnn"},
+            "'cudnn' cannot run: it takes float16 and bfloat16 on cuda, not torch.float32 on cpu",
+        ),
+        ({"implementation": "plain"}, "'plain' cannot run: it runs on cuda, not cpu"),
+        ({"implementation": "fast"}, "'fast' is not available; use one of auto, cudnn, flash, plain"),
+        (pack | {"implementation": "cudnn"}, "'cudnn' takes dense blocks, no cu_seqlens"),
+        (pack | {"implementation": "plain"}, "'plain' cannot run: it runs on cuda, not cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            softmax_attention_forward(x, x, x, scale=SCALE, causal=True, **options)
+        with pytest.raises(ValueError, match=message):
+            softmax_attention_backward(x, x, x, x, x, x[..., 0].mT, scale=SCALE, causal=True, **options)
+    with pytest.raises(
+        ValueError, match=r"'flash' cannot run: it takes float16 and bfloat16 on cuda, not torch\.float32"
+    ):
+        fused_kernels(dtype=torch.float32, implementation="flash")
 
 
 def test_merging_into_rows_without_keys_takes_the_block() -> None:

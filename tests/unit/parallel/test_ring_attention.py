@@ -86,6 +86,13 @@ def test_blocks_without_a_common_document_are_left_out() -> None:
         assert plan.gathered == ()
 
 
+def test_a_single_document_is_no_pack() -> None:
+    for layout in layouts(2)["one document"]:
+        plan = AttentionPlan.of(layout, CPU)
+        assert layout.packed and plan.local == {}
+        assert all(block.pack == {} for block in (*plan.by_rank, *plan.gathered) if block is not None)
+
+
 def test_a_plan_is_made_once_per_layout() -> None:
     layout = layouts(2)["pack"][0]
     assert AttentionPlan.of(layout, CPU) is AttentionPlan.of(layout, CPU)
