@@ -126,7 +126,7 @@ def scores(rank: int, world: int, config) -> list[torch.Tensor]:
     groups = init_groups(config.parallel, seed=config.training.seed)
     found = trainer_module.Trainer(config, groups, train=False).score(equality_batches(config, 0))
     destroy_groups()
-    return found
+    return [part.cpu() for part in found]
 
 
 @pytest.mark.parametrize(("layout", "dense"), [("sequence", False), ("document", False), ("sequence", True)])
