@@ -1,6 +1,7 @@
 """The rank pool reports every way to fail, and works afterwards."""
 
 import os
+import pickle
 import time
 
 import pytest
@@ -115,3 +116,22 @@ def test_more_ranks_than_gpus(rank_pool, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"world=2 needs as many GPUs, found 1; set CUDA_VISIBLE_DEVICES="):
         rank_pool.run(add_ranks, (0,), world=2)
+
+
+EVENTS: list[str] = []
+
+
+def last_event(rank, world):
+    EVENTS.append(f"function on rank {rank} of {world}")
+
+
+def test_a_rank_on_a_gpu_takes_its_device_and_meets_the_others_first(monkeypatch):
+    """NCCL's communicators belong to the device that is current when they are made, and are made by what all ranks take part in."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(rank_pool_module, "is_cuda", lambda: True)
+    monkeypatch.setattr(rank_pool_module, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(rank_pool_module, "select_device", lambda: EVENTS.append(f"device {os.environ['LOCAL_RANK']}"))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: EVENTS.append("group"))
+    monkeypatch.setattr(dist, "all_reduce", lambda _: EVENTS.append("all-reduce"))
+    rank_pool_module._run_task(pickle.dumps((last_event, ())), "store", 3, 4, 1.0)
+    assert EVENTS == ["device 3", "group", "all-reduce", "function on rank 3 of 4"]

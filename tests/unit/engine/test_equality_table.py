@@ -31,3 +31,18 @@ def test_a_layout_that_fails_is_named_and_the_others_go_on(capsys, monkeypatch):
     output = capsys.readouterr().out
     assert output.count("failed: rank 0 of 1 raised after 7 s") == 2
     assert output.endswith("failed or beyond the bound: CP4, ring, CP4, ring, dense\n")
+
+
+def test_ranks_on_gpus_start_together(capsys, monkeypatch):
+    worlds = []
+
+    def note(self, fn, args=(), *, world, timeout_s=120.0):
+        worlds.append(world)
+        if args:
+            raise RankError("enough")
+
+    monkeypatch.setattr(equality_table.RankPool, "run", note)
+    monkeypatch.setattr(platform, "device_count", lambda: 4)
+    assert main(["--ranks", "8", "--only", "TP2xPP2", "PP3"]) == 1
+    # PP3 and TP2xPP2 twice, as far as their reference; the layout of 8 ranks starts none.
+    assert worlds == [4, 1, 1, 1]
