@@ -66,6 +66,10 @@ def test_the_check_compiles_what_the_operators_launch() -> None:
             special = "specialised " if (target, kernel, dim, kind) == ("90", "sweep", "128", "bf16") else ""
             notes = {notes for *key, notes in found if key == [target, special + kernel, dim, kind]}
             assert {"reverse" in note.split() for note in notes} == {False, True}, (target, kernel, dim, kind)
+            if special:
+                for variant in (["whole"], ["quick"], ["whole", "quick"]):
+                    alike = [set(note.split()) for note in notes if note.split()[: len(variant)] == variant]
+                    assert {"reverse" in words for words in alike} == {False, True}, variant
     forward = {
         (target, kernel, dim, kind) for target, kernel, dim, kind, notes in found if " saving leaving entry 1" in notes
     }

@@ -5,14 +5,17 @@ import math
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import m1_kernels
 import pytest
 import torch
 from m1_kernels import lightning_attention, lightning_attention_packed, slopes, triton_attention
 from m1_kernels.chunked import lightning_attention_chunked
-from m1_kernels.triton_attention import CHUNK, lightning_state_triton
+from m1_kernels.triton_attention import CHUNK, Style, lightning_state_triton
 from m1_kernels.triton_states import read_states_triton
 
 from tests.unit.kernels.checks import Case, Guards, Inputs, assert_matches_oracle, head_errors, make_inputs, oracle, run
@@ -464,6 +467,50 @@ def test_packed_projection_with_silu_matches_separate_operators() -> None:
 
     for ours, expected in zip(results(DEVICE, "triton"), results("cpu", "torch"), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def specialised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
+    """Programs and keywords of the specialised sweeps that a test launches; none runs."""
+    launched: list[tuple[int, dict[str, Any]]] = []
+
+    class Sweep:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda *_, **keywords: launched.append((grid[0], keywords))
+
+    module = types.SimpleNamespace(descriptor=lambda x, *_: x, sweep=Sweep())
+    monkeypatch.setitem(sys.modules, "m1_kernels.gluon_lightning", module)
+    monkeypatch.setattr(m1_kernels, "gluon_lightning", module, raising=False)
+    return launched
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_whole_head_takes_half_as_many_programs(specialised: list, whole: bool) -> None:
+    call = Planned(1, 256, 3, 128, 1, slopes(3, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    x = torch.empty(1, 256, 3, 128, dtype=torch.bfloat16, device="meta")
+    pair: dict[str, Any] = {"segment": 128, "reverse": True, "second": (x, x, x, x)}
+    call.sweep(x, x, x, x, **pair, style=Style(whole=whole))
+    call.sweep(x, x, x, x, **pair, style=Style(whole=whole, apart=True))
+    programs, halves = (6, 2) if whole else (12, 1)
+    assert [count for count, _ in specialised] == [2 * programs, programs, programs]
+    assert {(given["HALVES"], given["BV"]) for _, given in specialised} == {(halves, 64)}
+    assert [(given["PAIR"], given["TRANSPOSED"]) for _, given in specialised] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+
+
+def test_a_sweep_that_leaves_a_state_is_not_quick(specialised: list) -> None:
+    call = Planned(1, 256, 3, 128, 1, slopes(3, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    x = torch.empty(1, 256, 3, 128, dtype=torch.bfloat16, device="meta")
+    options: dict[str, Any] = {"segment": triton_attention.WHOLE, "style": Style(quick=True)}
+    left = torch.empty(1, 3, 128, 128)
+    call.sweep(x, x, x, x, **options)
+    call.sweep(x, x, x, x, **options, left=left)
+    assert [given["QUICK"] for _, given in specialised] == [True, False]
+    call.sweep(x, x, x, x, segment=triton_attention.WHOLE)
+    assert not any(specialised[-1][1][name] for name in ("QUICK", "SLOW_FIRST"))
 
 
 def test_kernels_are_compiled_once_for_packs_of_all_sizes() -> None:
