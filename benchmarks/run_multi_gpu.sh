@@ -78,7 +78,7 @@ train_layout() {
   read -ra layout <<<"${LAYOUTS[$1]}"
   # Core asks for one connection with sequence parallelism, so that communication starts in launch order.
   [[ $1 != *tp* ]] || export CUDA_DEVICE_MAX_CONNECTIONS=1
-  part "train_$1" 90 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m megatron_m1 pretrain \
+  part "train_$1" 90 "$PYTHON" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$GPUS" -m megatron_m1 pretrain \
     --config benchmarks/configs/context_4gpu.yaml --logging.dir "$OUT/train_$1" "${layout[@]}"
   unset CUDA_DEVICE_MAX_CONNECTIONS
   grep -E "ranks on|^step|[Ee]rror" "$OUT/train_$1.log" | cut -c1-250 | tail -8
