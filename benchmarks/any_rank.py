@@ -68,6 +68,7 @@ LABELS = {
     "modelled": "communication from counted bytes and link speeds, nothing hidden, no contention; not measured; lightning states are "
     "those of the heads of tensor_rank, the fewest on rank 0, whose heads fade soonest",
     "kept_attention": "whether recomputation had the results of softmax attention and did not repeat it",
+    "cudnn_blocks": "whether cuDNN computed softmax attention between context-parallel ranks, not flash",
 }
 GIB = 2**30
 
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [measured_or_why(config, options)]
     else:
         rows = [in_process(rank, options, rest) for rank in ranks]
-    results = environment("any_rank", argv) | {"labels": LABELS, "kept_attention": True}
+    results = environment("any_rank", argv) | {"labels": LABELS, "kept_attention": True, "cudnn_blocks": True}
     results |= {"config": asdict(config), "ranks": rows}
     write(options.output, results)
     print(f"written: {options.output}")
@@ -277,18 +278,22 @@ def kernels_of(step: Callable[[], object], micro_batches: int) -> dict[str, Any]
     return {"whole_ms": 1e3 * whole / micro_batches, "busy_ms": busy_ms, "kernels": totals[:60]}
 
 
-def prediction(config: Config, stage: int, device: Cluster, *, kept_attention: bool = True) -> dict[str, Any]:
-    """Memory of a rank of a pipeline stage, and seconds of a micro-batch by term. kept_attention: see `stage_seconds`."""
+def prediction(
+    config: Config, stage: int, device: Cluster, *, kept_attention: bool = True, cudnn_blocks: bool = True
+) -> dict[str, Any]:
+    """Memory of a rank of a pipeline stage, and seconds of a micro-batch by term. The rest: see `stage_seconds`."""
     estimate = estimate_memory(config, device.gpus)[stage]
     return {
         "memory_bytes": asdict(estimate) | {"total": estimate.total},
-        "micro_batch_s": work_seconds(config, stage, device, kept_attention=kept_attention),
+        "micro_batch_s": work_seconds(config, stage, device, kept_attention=kept_attention, cudnn_blocks=cudnn_blocks),
     }
 
 
-def work_seconds(config: Config, stage: int, device: Cluster, *, kept_attention: bool) -> dict[str, float]:
+def work_seconds(
+    config: Config, stage: int, device: Cluster, *, kept_attention: bool, cudnn_blocks: bool
+) -> dict[str, float]:
     """Work of a micro-batch on a rank by term, and `launch`, what is left of the host's time; communication returns at once."""
-    terms = stage_seconds(config, device, kept_attention=kept_attention)[stage]
+    terms = stage_seconds(config, device, kept_attention=kept_attention, cudnn_blocks=cudnn_blocks)[stage]
     work = {name: terms[name] for name in COMPUTE}
     host = device.rates.layer_host_s * len(stage_layers(config, stage))
     return work | {"launch": max(0.0, host - sum(work.values()) + work["head"])}
@@ -308,8 +313,8 @@ def predict_again(file: Path) -> None:
     for row in measured:
         modelled = row["modelled"]
         links = Cluster(**modelled["links"] | {"rates": Rates()})
-        kept = results.setdefault("kept_attention", False)
-        row["predicted"] = prediction(config, row["stage"], replace(device, gpus=links.gpus), kept_attention=kept)
+        version = {name: results.setdefault(name, False) for name in ("kept_attention", "cudnn_blocks")}
+        row["predicted"] = prediction(config, row["stage"], replace(device, gpus=links.gpus), **version)
         modelled["links"] = asdict(links)
         for part in ("forward_backward", "update"):
             modelled[part] = modelled_again(modelled[part], config.parallel, links.gpus, links)

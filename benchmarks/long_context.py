@@ -65,6 +65,7 @@ LABELS = {
     "measured": "forward_s, backward_s, kept_bytes, peak_bytes: one rank alone, neighbours' data supplied, balanced routing",
     "modelled": "communication: counted bytes over link speeds, nothing hidden; estimated_s: engine/step_time.py",
     "kept_attention": "whether recomputation had the results of softmax attention and did not repeat it",
+    "cudnn_blocks": "whether cuDNN computed softmax attention between context-parallel ranks, not flash",
 }
 
 
@@ -239,14 +240,17 @@ def measure_point(point: Point, model: ModelConfig, *, cluster: Cluster, experts
             "finite": all(g is not None and bool(g.isfinite().all()) for g in gradients),
             "weight_bytes": weight_bytes,
             "kept_attention": True,
+            "cudnn_blocks": True,
             "estimated_s": estimated,
             "communication": [asdict(r) | {"seconds": r.seconds(links)} for r in exchanged],
         }
 
 
-def estimate(config: Config, device: Cluster, *, kept_attention: bool = True) -> dict[str, float]:
-    """Seconds of the layer by term, without communication and the host's time. kept_attention: see `stage_seconds`."""
-    terms = stage_seconds(config, device, kept_attention=kept_attention)[1]
+def estimate(
+    config: Config, device: Cluster, *, kept_attention: bool = True, cudnn_blocks: bool = True
+) -> dict[str, float]:
+    """Seconds of the layer by term, without communication and the host's time. The rest: see `stage_seconds`."""
+    terms = stage_seconds(config, device, kept_attention=kept_attention, cudnn_blocks=cudnn_blocks)[1]
     return {name: terms[name] for name in COMPUTE}
 
 
@@ -263,8 +267,8 @@ def predict_again(file: Path, *, experts: int, cluster: Cluster) -> None:
             continue
         point = Point(**row["point"])
         config, gpus = layer_config(point, model, experts), world_of(point, experts)
-        kept = row.setdefault("kept_attention", False)
-        row["estimated_s"] = estimate(config, replace(device, gpus=gpus), kept_attention=kept)
+        version = {name: row.setdefault(name, False) for name in ("kept_attention", "cudnn_blocks")}
+        row["estimated_s"] = estimate(config, replace(device, gpus=gpus), **version)
         row["communication"] = modelled_again(row["communication"], config.parallel, gpus, replace(cluster, gpus=gpus))
     write(file, results)
 

@@ -100,17 +100,26 @@ def fit_layers(rows: list[dict[str, Any]], model: ModelConfig, device: Cluster) 
 
 
 def fit_context(rows: list[dict[str, Any]], ranks: list[dict[str, Any]], model: ModelConfig, device: Cluster) -> Rates:
-    """The device's rates with softmax_context. rows: of layers, which take seconds and are not repeated; ranks: results of any_rank."""
-    factors = []
+    """The device's rates with softmax_context and softmax_context_flash, as far as there are measurements of either.
+
+    rows: of layers, which take seconds and are not repeated; ranks: results of any_rank.
+    """
+    factors: dict[bool, list[float]] = {True: [], False: []}
     for row in rows:
         point = Point(**row["point"])
         if point.context > 1 and point.kind == "softmax" and is_warm(row):
-            factors.append(_of_attention(row["forward_s"] + row["backward_s"], _terms(row, model, device)))
+            found = _of_attention(row["forward_s"] + row["backward_s"], _terms(row, model, device))
+            factors[row.get("cudnn_blocks", False)].append(found)
     for rank in _ranks(ranks, device):
         if rank.config.parallel.context > 1 and not rank.is_last and not rank.terms["launch"] and rank.terms["softmax"]:
-            factors.append(_of_attention(rank.seconds, rank.terms))
-    ring = device.rates.softmax_context * (statistics.median(factors) if factors else 1.0)
-    return replace(device.rates, softmax_context=ring)
+            factors[rank.cudnn_blocks].append(_of_attention(rank.seconds, rank.terms))
+    rates = device.rates
+    cudnn, flash = (statistics.median(found) if found else 1.0 for found in (factors[True], factors[False]))
+    return replace(
+        rates,
+        softmax_context=rates.softmax_context * cudnn,
+        softmax_context_flash=rates.softmax_context_flash * flash,
+    )
 
 
 def fit_ranks(results: list[dict[str, Any]], rates: Rates, device: Cluster) -> Rates:
@@ -153,7 +162,12 @@ def _terms(row: dict[str, Any], model: ModelConfig, device: Cluster) -> dict[str
     """Estimated work of a layer, as it was when `row` was measured."""
     point = Point(**row["point"])
     config, gpus = layer_config(point, model, EXPERTS), world_of(point, EXPERTS)
-    return estimate(config, replace(device, gpus=gpus), kept_attention=row.get("kept_attention", False))
+    return estimate(config, replace(device, gpus=gpus), **_version(row))
+
+
+def _version(result: dict[str, Any]) -> dict[str, bool]:
+    """What `stage_seconds` is told of the version that was measured."""
+    return {name: result.get(name, False) for name in ("kept_attention", "cudnn_blocks")}
 
 
 def _of_attention(seconds: float, terms: dict[str, float]) -> float:
@@ -169,6 +183,7 @@ class _Rank:
     layers: Counter[int]
     """By kind."""
     is_last: bool
+    cudnn_blocks: bool
     seconds: float
     terms: dict[str, float]
 
@@ -179,16 +194,17 @@ class _Rank:
 
 def _ranks(results: list[dict[str, Any]], device: Cluster) -> Iterator[_Rank]:
     for result in results:
-        config, kept = stored_config(result), result.get("kept_attention", False)
+        config, version = stored_config(result), _version(result)
         parallel, types = config.parallel, config.model.layer_types()
         # A number of GPUs that the layout divides: the work of a rank does not depend on it.
         gpus = parallel.tensor * parallel.pipeline * parallel.context * parallel.expert
         for row in result["ranks"]:
             if "measured" not in row:
                 continue
-            terms = work_seconds(config, row["stage"], replace(device, gpus=gpus), kept_attention=kept)
+            terms = work_seconds(config, row["stage"], replace(device, gpus=gpus), **version)
             layers, is_last = Counter(types[layer] for layer in row["layers"]), row["stage"] == parallel.pipeline - 1
-            yield _Rank(config, layers, is_last, row["measured"]["micro_batch_s"], terms)
+            seconds = row["measured"]["micro_batch_s"]
+            yield _Rank(config, layers, is_last, version["cudnn_blocks"], seconds, terms)
 
 
 if __name__ == "__main__":

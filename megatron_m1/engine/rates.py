@@ -23,12 +23,16 @@ class Rates:
     grouped_small_tflops: float = 410.0
     """The same with 256 rows an expert, measured 410-450."""
     softmax_tflops: float = 552.0
-    """Causal flash attention, forward, fitted; by itself 554 with 65,536 tokens and 64 heads of 128."""
+    """Causal attention in one kernel, forward, fitted; by itself 554 with 65,536 tokens and 64 heads of 128."""
     softmax_backward_tflops: float = 513.0
     """Fitted."""
-    softmax_context: float = 1.67
-    """Seconds of attention block by block over context-parallel ranks over those of one kernel, fitted at 1M to a layer on a ring of 16
-    (alone 1.61) and a whole rank on one of 32 (alone 1.73), of version a871f37, whose blocks are flash attention's."""
+    softmax_context: float = 1.03
+    """Seconds of attention block by block over context-parallel ranks over those of one kernel, where cuDNN computes the blocks. Derived,
+    not fitted, from kernels alone, of 65,536 tokens and 64 heads of 128: a block 236.4 ms forward and 650 backward, the causal kernel,
+    half of it, 117 forward and, as the rates above stand to each other, 315 backward."""
+    softmax_context_flash: float = 1.67
+    """The same where flash does: packs, and up to version 5fb2f68 everything. Fitted at 1M to a layer on a ring of 16 (alone 1.61) and a
+    whole rank on one of 32 (alone 1.73), of version a871f37."""
     fp32_tflops: float = 52.3
     """The head without TF32, fitted to what the last stage takes longer than the one before it; the data sheet has 67."""
     copy_share: float = 4.3 / 4.8
@@ -47,7 +51,8 @@ class Rates:
     ran), and CUDA graphs would lower it."""
     calibration: str = (
         "rates fitted on one H200: 20 single layers alone to 5% (median 3%), 4 whole ranks without communication to -3% and +5%; "
-        "communication, bubbles, overlap and anything at scale are not measured"
+        "attention over context-parallel ranks, by cuDNN since, is derived from its kernels; communication, bubbles, overlap and anything "
+        "at scale are not measured"
     )
     """What sums of these terms were compared with, and the error."""
 

@@ -91,14 +91,25 @@ def step_time(config: Config, cluster: Cluster, *, document_tokens: int | None =
 
 
 def stage_seconds(
-    config: Config, cluster: Cluster, *, document_tokens: int | None = None, kept_attention: bool = True
+    config: Config,
+    cluster: Cluster,
+    *,
+    document_tokens: int | None = None,
+    kept_attention: bool = True,
+    cudnn_blocks: bool = True,
 ) -> list[dict[str, float]]:
     """Seconds by term that a rank of every pipeline stage, first to last, takes for one micro-batch, recomputation included.
 
     kept_attention: whether context-parallel ranks keep the result of softmax attention for recomputation. They do; False: as up to
     version a871f37, of which there are measurements.
+    cudnn_blocks: whether cuDNN computes attention between context-parallel ranks, as it does on Hopper but for packs. False: flash, as
+    up to version 5fb2f68, of which there are measurements.
     """
     parallel, types = config.parallel, config.model.layer_types()
+    attended = min(document_tokens or config.training.seq_length, config.training.seq_length)
+    rates = cluster.rates
+    if not cudnn_blocks or attended < config.training.seq_length:
+        cluster = replace(cluster, rates=replace(rates, softmax_context=rates.softmax_context_flash))
     layers = {kind: _layer(config, cluster, kind, document_tokens, kept_attention) for kind in set(types)}
     stages = []
     for stage in range(parallel.pipeline):

@@ -305,7 +305,7 @@ def test_eight_layers_from_two():
 def test_rates_are_found_again_from_layers_and_ranks_that_have_them():
     true = Rates(
         lightning_layer=2.0, softmax_layer=1.5, softmax_tflops=300.0, softmax_backward_tflops=200.0, fp32_tflops=20.0,
-        softmax_context=1.3,
+        softmax_context=1.3, softmax_context_flash=1.9,
     )  # fmt: skip
     device, model = replace(DEVICES["H200"], rates=true), ModelConfig()
     rows = []
@@ -321,9 +321,10 @@ def test_rates_are_found_again_from_layers_and_ranks_that_have_them():
                 forward += plain["softmax"] / (1 + 2.5 * 300 / 200)
                 total = sum(again[name] for name in COMPUTE)
                 rows.append({"point": vars(point), "forward_s": forward, "backward_s": total - forward, "rounds": 3})
-    # A layer on a ring, whose attention recomputation repeated, and one that compiled and must not count.
+    # A layer on a ring of flash attention, which recomputation repeated, and one that compiled and must not count.
     point = Point("context_share", "softmax", "selective", 1, 16, 1 << 20)
-    ring = sum(estimate(layer_config(point, model, 32), replace(device, gpus=3 * 32), kept_attention=False).values())
+    old = {"kept_attention": False, "cudnn_blocks": False}
+    ring = sum(estimate(layer_config(point, model, 32), replace(device, gpus=3 * 32), **old).values())
     ring_rows = [
         {"point": vars(point), "forward_s": ring / 4, "backward_s": 3 * ring / 4, "rounds": 1},
         {"point": vars(point), "forward_s": ring, "backward_s": ring, "rounds": 1, "first_call": True},
@@ -333,20 +334,25 @@ def test_rates_are_found_again_from_layers_and_ranks_that_have_them():
     million = load_config([o for f in MILLION for o in ("--config", f"examples/configs/{f}.yaml")])
     ranks = []
     for whole, gpus in ((tiny(), WORLD), (million, 512)):
-        ranks.append({"config": asdict(whole), "ranks": [], "kept_attention": whole is million})
-        for stage, terms in enumerate(
-            stage_seconds(whole, replace(device, gpus=gpus), kept_attention=ranks[-1]["kept_attention"])
-        ):
+        version = {"kept_attention": whole is million, "cudnn_blocks": whole is million}
+        ranks.append({"config": asdict(whole), "ranks": []} | version)
+        for stage, terms in enumerate(stage_seconds(whole, replace(device, gpus=gpus), **version)):
             layers = stage_layers(whole, stage)
             work, head = sum(terms[name] for name in COMPUTE if name != "head"), terms["head"]
             seconds = max(work, len(layers) * 0.05) + head
             ranks[-1]["ranks"].append({"stage": stage, "layers": layers, "measured": {"micro_batch_s": seconds}})
-    for given in ((ring_rows, []), ([], ranks), (ring_rows, ranks)):
+    default = Rates()
+    for given, cudnn, flash in (
+        ((ring_rows, []), default.softmax_context, 1.9),
+        (([], ranks), 1.3, default.softmax_context_flash),
+        ((ring_rows, ranks), 1.3, 1.9),
+    ):
         context = fit_context(*given, model, replace(DEVICES["H200"], rates=found))
-        assert context.softmax_context == pytest.approx(1.3, rel=1e-3)
+        assert context.softmax_context == pytest.approx(cudnn, rel=1e-3)
+        assert context.softmax_context_flash == pytest.approx(flash, rel=1e-3)
     found = fit_ranks(ranks, context, DEVICES["H200"])
     names = [name for name, value in vars(true).items() if value != getattr(Rates(), name)]
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-4), name
     assert found.layer_host_s == pytest.approx(0.05)

@@ -16,7 +16,7 @@ CLUSTER = Cluster(
     rates=Rates(
         dense_tflops=700, grouped_tflops=600, grouped_small_tflops=410, softmax_tflops=554, softmax_backward_tflops=390,
         fp32_tflops=50, copy_share=4.3 / 4.8, nvlink_share=0.8, network_share=0.8, lightning_layer=1, softmax_layer=1,
-        layer_host_s=0, softmax_context=1,
+        layer_host_s=0, softmax_context=1, softmax_context_flash=1,
     ),
 )  # fmt: skip
 MODEL = ModelConfig(
@@ -174,6 +174,20 @@ def test_recomputation_does_not_repeat_attention_over_context_ranks():
     for repeated in (terms("ring", ["core_attn"], kept_attention=False), terms("transformer_engine", ["core_attn"])):
         assert repeated["softmax"] > 1.2 * plain["softmax"] and repeated["ring"] > 1.2 * plain["ring"]
         assert repeated["states"] == plain["states"] and repeated["lightning"] == plain["lightning"]
+
+
+def test_blocks_of_whole_sequences_are_cudnns_and_those_of_packs_flashs():
+    rates = replace(CLUSTER.rates, softmax_context=2.0, softmax_context_flash=3.0)
+
+    def softmax(context, **options):
+        cluster = replace(CLUSTER, rates=rates)
+        return step_time_module.stage_seconds(config(context=context), cluster, **options)[0]["softmax"]
+
+    assert softmax(4) == pytest.approx(2 * softmax(1) / 4)
+    assert softmax(4, cudnn_blocks=False) == pytest.approx(3 * softmax(1) / 4)
+    assert softmax(4, document_tokens=TOKENS) == softmax(4)
+    assert softmax(4, document_tokens=TOKENS // 2) == pytest.approx(3 / 2 * softmax(1) / 4)
+    assert softmax(1, cudnn_blocks=False) == softmax(1)
 
 
 def test_both_exchanges_choose_as_the_layers_do():

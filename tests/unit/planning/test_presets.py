@@ -17,6 +17,8 @@ CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
 LENGTHS = {"32k": 2**15, "128k": 2**17, "512k": 2**19, "1m": 2**20}
 MARGIN = 0.025
 """A preset may be slower than the first by this, of estimates that are right to 5%; its file then says so."""
+MEASURED = {("1m", 512): 0.09}
+"""The same of presets that stay because ranks of theirs were measured, and none of the first's."""
 
 
 def preset(length: str, gpus: int) -> tuple[Config, Cluster]:
@@ -55,7 +57,7 @@ def test_preset_is_the_planners_answer(length, gpus, every_layout):
     assert chosen.recompute != "selective" or config.training.recompute_modules == chosen.recompute_modules
     first = (search(config, cluster).plans if every_layout else near(config, cluster))[0]
     name = layout_name(first.config.parallel)
-    assert ours.time.total <= (1 + MARGIN) * first.time.total, name
+    assert ours.time.total <= (1 + MEASURED.get((length, gpus), MARGIN)) * first.time.total, name
     text = (CONFIGS / f"m1_456b_{length}_{gpus}gpu.yaml").read_text()
     is_first = layout_name(ours.config.parallel) == name
     assert ("It is what this prints first:" in text) == is_first
@@ -68,3 +70,12 @@ def test_the_default_rates_are_those_that_were_fitted():
     del fitted["calibration"]
     default = asdict(Rates())
     assert {name: default[name] for name in fitted} == pytest.approx(fitted, rel=5e-3)
+
+
+def test_the_factor_of_cudnns_blocks_is_that_of_its_kernels():
+    """A block of 65,536 queries and keys, 64 heads of 128, over two causal kernels; milliseconds on an H200, torch 2.11."""
+    rates = Rates()
+    causal_forward = 117.0
+    causal_backward = causal_forward * 2.5 * rates.softmax_tflops / rates.softmax_backward_tflops
+    factor = (236.4 + 650.0) / (2 * (causal_forward + causal_backward))
+    assert rates.softmax_context == pytest.approx(factor, rel=5e-3)

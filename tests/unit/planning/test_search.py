@@ -120,7 +120,8 @@ def test_padding_of_documents():
     assert padded(config, 128).training.seq_length == 16384 + 128 * 1.5
     assert padded(config, None) is config and padded(CONFIG, 128) is CONFIG
     plans = [plan_layout(config, CLUSTER, config.parallel, document_tokens=tokens) for tokens in (None, 128)]
-    assert plans[1].time.softmax < plans[0].time.softmax / 100 and plans[1].time.gemm > plans[0].time.gemm
+    # of 128 times fewer keys, block by block with flash attention's time for cuDNN's
+    assert plans[1].time.softmax < plans[0].time.softmax / 70 and plans[1].time.gemm > plans[0].time.gemm
     assert plans[1].fullest.activations > plans[0].fullest.activations
 
 
