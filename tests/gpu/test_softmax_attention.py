@@ -16,7 +16,7 @@ from m1_kernels import (
 pytestmark = pytest.mark.gpu
 
 SCALE = 0.125
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 """||a - b|| / ||b||."""
 
@@ -157,7 +157,7 @@ def test_blocks_of_keys_with_a_merged_log_sum_exp(dtype, times: int, implementat
     assert_close([o, lse, *gradients], formula(q, k, v, do, visible), dtype)
 
 
-@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and datacenter Blackwell")
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(
     "queries, keys, key_heads", [(1024, 2048, 2), (2048, 1024, 2), (1152, 3200, 1), (1024, 1024, 8), (3072, 3072, 2)]
@@ -178,7 +178,7 @@ def test_cudnn_at_lengths_heads_and_strides_of_its_own(queries, keys, key_heads,
     assert kernels() == ["cudnn", "cudnn"]
 
 
-@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and datacenter Blackwell")
 def test_cudnn_stays_finite_where_all_scores_are_very_negative() -> None:
     """Queries that point away from every key, as of a head with massive activations: exp(0 - lse) is beyond fp32."""
     q, k, v, do = make(1024, 1152, 128, torch.bfloat16)
@@ -196,7 +196,7 @@ def test_cudnn_stays_finite_where_all_scores_are_very_negative() -> None:
     assert_close(actual, expected, torch.bfloat16)
 
 
-@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and datacenter Blackwell")
 def test_deterministic_algorithms_rule_cudnn_out_and_repeat(kernels) -> None:
     q, k, v, do = make(2048, 2048, 128, torch.bfloat16)
     torch.use_deterministic_algorithms(True)
@@ -210,7 +210,7 @@ def test_deterministic_algorithms_rule_cudnn_out_and_repeat(kernels) -> None:
     assert kernels() == ["cudnn", "cudnn"]
 
 
-@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and datacenter Blackwell")
 def test_cudnn_neither_waits_for_the_gpu_nor_keeps_a_graph_from_being_captured(kernels) -> None:
     q, k, v, do = make(1024, 2048, 128, torch.bfloat16)
 
@@ -232,7 +232,7 @@ def test_cudnn_neither_waits_for_the_gpu_nor_keeps_a_graph_from_being_captured(k
     assert_close(captured, [x.double() for x in expected], torch.bfloat16)
 
 
-@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and newer")
+@pytest.mark.skipif(not HOPPER, reason="cuDNN is taken on Hopper and datacenter Blackwell")
 def test_dense_layers_without_context_parallelism_run_cudnn_as_well() -> None:
     q, k, v, _ = make(2048, 2048, 128, torch.bfloat16)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
