@@ -235,6 +235,9 @@ def _chunks(
             _zero_rows(b, n, C, D)
             fence_async_shared()
 
+        if HALVES == 1:
+            read = reads.load(gl.SliceLayout(0, of_out))
+            depart = departs.load(gl.SliceLayout(0, values_operand))
         past = warpgroup_mma(operand, a.permute((1, 0)), zeros, use_acc=False, is_async=True)
         values = v.permute((1, 0)).load(values_operand)
         mbarrier.wait(scored.index(stage), phase)
@@ -243,7 +246,7 @@ def _chunks(
         if HALVES == 2:
             # Gives the operand's registers back: with 208 all products would be serialised. The other half's run meanwhile.
             past = warpgroup_mma_wait(1, deps=[past])
-        depart = departs.load(gl.SliceLayout(0, values_operand))
+            depart = departs.load(gl.SliceLayout(0, values_operand))
         decayed = values.to(gl.float32) * depart[None, :]
         leading = decayed.to(dtype)
         state = state * gl.exp2(-s * n)
@@ -255,7 +258,8 @@ def _chunks(
         else:
             state = warpgroup_mma(leading, b, state, is_async=True)
             past, within = warpgroup_mma_wait(1, deps=[past, within])
-        read = reads.load(gl.SliceLayout(0, of_out))
+        if HALVES == 2:
+            read = reads.load(gl.SliceLayout(0, of_out))
         out = (past * read[None, :] + within).to(dtype)
         tile = out_tiles.index(HALF * 2 + c % 2)
         tma.store_wait(1)
