@@ -24,7 +24,7 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);")
 BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(LDL|STL)\b")
-SPILLING = ("sweep[256 fp32]", "specialised sweep[128 bf16] whole quick")
+SPILLING = ("sweep[256 fp32]", "specialised sweep[128 bf16] whole quick", "specialised sweep[128 fp16] whole quick")
 """Kernels that spill in all tilings (see `triton_attention.tiling`), or only in the branch of a chunk that is not full."""
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that a block can have, by target."""
