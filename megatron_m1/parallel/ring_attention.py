@@ -48,7 +48,7 @@ def ring_attention(
     kept: where gradients are disabled, as in the forward pass of a checkpoint, is given the result; where they are enabled, as when
         that pass is repeated on the same q, k and v, the result is taken from there, if there is one, and not computed again.
     traffic: is added the bytes that this rank sends.
-    Raises ValueError for another method, and where q, group and layout disagree.
+    Raises ValueError for another method, for heads that break the above, and where q, group and layout disagree.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
@@ -61,6 +61,8 @@ def ring_attention(
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must begin with the layout's [{rows}, {layout.local_tokens}]"
         )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key/value heads must divide {q.shape[2]} query heads")
     again = torch.is_grad_enabled()
     return _Attention.apply(q, k, v, _Call(METHODS[method], scale, group, layout, traffic or Traffic()), kept, again)
 

@@ -182,6 +182,7 @@ def _refusals(rank: int, world: int) -> list[str]:
         ((q, k, v), {"layout": layouts(world, 1 - rank)["dense"]}),
         ((q, k[:, 1:], v[:, 1:]), {"layout": layout}),
         ((q[:, 1:], k[:, 1:], v[:, 1:]), {"layout": layout}),
+        ((q[:, :, 1:], k, v), {"layout": layout}),
     ]:
         try:
             ring_attention(*tensors, scale=SCALE, group=group, **options)
@@ -192,8 +193,9 @@ def _refusals(rank: int, world: int) -> list[str]:
 
 def test_what_does_not_fit_is_refused(ranks) -> None:
     for messages in ranks(2, _refusals):
-        method, rank, keys, tokens = messages
+        method, rank, keys, tokens, heads = messages
         assert "'tree' must be one of ring, all_gather" in method
         assert "does not fit the group" in rank
         assert "must begin with the layout's [2, 6]" in keys
         assert "must begin with the layout's [2, 6]" in tokens
+        assert "must divide 3 query heads" in heads
