@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 from m1_kernels import gluon_lightning, triton_attention, triton_lightning
-from m1_kernels.triton_attention import SEGMENT, WHOLE, Style, _Call, _Plan
+from m1_kernels.triton_attention import SEGMENT, WHOLE, _Call, _Plan
 
 __all__ = ["DIMS", "DTYPES", "Case", "cases"]
 
@@ -20,11 +20,7 @@ TOKENS, HEADS = 333, 16  # sizes that 16 does and does not divide, as most are
 PLANS = (
     _Plan(WHOLE, WHOLE, WHOLE),
     _Plan(WHOLE, SEGMENT, SEGMENT),
-    *(
-        _Plan(SEGMENT, SEGMENT, SEGMENT, *3 * (Style(whole=whole, quick=quick, apart=quick),))
-        for whole in (False, True)
-        for quick in (False, True)
-    ),
+    *(_Plan(SEGMENT, SEGMENT, SEGMENT, *3 * (whole,)) for whole in (False, True)),
 )
 FEATURES = ("VARLEN", "ENTRY", "SAVING", "LEAVING", "INITIAL", "HORIZON")
 
@@ -56,7 +52,7 @@ def _computes(case: Case) -> str:
     """Equal for launches whose loops hold the same products."""
     _, kernel, _, constants, _ = case
     transposed = constants.get("D") == M1_DIM and constants.get("TRANSPOSED")
-    return f"{kernel.__name__} {[constants.get(name) for name in ('REVERSE', 'HALVES', 'QUICK')]} {transposed}"
+    return f"{kernel.__name__} {[constants.get(name) for name in ('REVERSE', 'HALVES')]} {transposed}"
 
 
 def _features(case: Case) -> int:
@@ -132,7 +128,7 @@ def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind:
     notes = ["whole"] if constants.get("HALVES") == 2 else []
     notes += [
         name.lower()
-        for name in ("QUICK", "REVERSE", "TRANSPOSED", "PAIR", "SAVING", "LEAVING", "INITIAL")
+        for name in ("REVERSE", "TRANSPOSED", "PAIR", "SAVING", "LEAVING", "INITIAL")
         if constants.get(name)
     ]
     notes += [f"entry {constants['ENTRY']}"] if constants.get("ENTRY") else []

@@ -29,11 +29,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 __all__ = ["descriptor"]
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-QUICK_SLOPE = gl.constexpr(0.0521)
-"""Decay of a token from which QUICK rounds decayed values once. An output's squared error, in units of one rounding: 1 its own, 1 of
-scores and state as operands, and f of the decayed values, the share of its energy that comes from earlier chunks: (1 - e^-x) / x
-with x = 2 C s and inputs that do not correlate. f is 0.15 here and below beyond: sqrt(2.15) = 1.47, within the gate of 1.5.
-"""
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 """Layout in shared memory of the tiles [1, C, 1, channels]."""
 ROWWISE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
@@ -174,7 +169,7 @@ def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.const
 
 
 @gluon.jit
-def _chunks(
+def _advance(
     given,
     Out2,
     HALF: gl.constexpr,
@@ -186,7 +181,6 @@ def _chunks(
     ENTRY: gl.constexpr,
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
-    EXACT: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -250,14 +244,10 @@ def _chunks(
         decayed = values.to(gl.float32) * depart[None, :]
         leading = decayed.to(dtype)
         state = state * gl.exp2(-s * n)
-        if EXACT:
-            trailing = (decayed - leading.to(gl.float32)).to(dtype)
-            state = warpgroup_mma(leading, b, state, is_async=True)
-            state = warpgroup_mma(trailing, b, state, is_async=True)
-            past, within = warpgroup_mma_wait(2, deps=[past, within])
-        else:
-            state = warpgroup_mma(leading, b, state, is_async=True)
-            past, within = warpgroup_mma_wait(1, deps=[past, within])
+        trailing = (decayed - leading.to(gl.float32)).to(dtype)
+        state = warpgroup_mma(leading, b, state, is_async=True)
+        state = warpgroup_mma(trailing, b, state, is_async=True)
+        past, within = warpgroup_mma_wait(2, deps=[past, within])
         if HALVES == 2:
             read = reads.load(gl.SliceLayout(0, of_out))
         out = (past * read[None, :] + within).to(dtype)
@@ -281,33 +271,6 @@ def _chunks(
         if ends:
             gl.store(left + _places(e, across, chunks // 2**30, D, BV, of_state), state)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _advance(
-    given,
-    Out2,
-    HALF: gl.constexpr,
-    C: gl.constexpr,
-    D: gl.constexpr,
-    BV: gl.constexpr,
-    REVERSE: gl.constexpr,
-    PAIR: gl.constexpr,
-    ENTRY: gl.constexpr,
-    SAVING: gl.constexpr,
-    LEAVING: gl.constexpr,
-    QUICK: gl.constexpr,
-    HALVES: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    """`_chunks`, with one half of the value channels. QUICK has two loops: a branch around a product makes ptxas serialise all."""
-    if QUICK:
-        if given[2][0] >= QUICK_SLOPE * LOG2_E:
-            _chunks(given, Out2, HALF, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, False, HALVES, STAGES)
-        else:
-            _chunks(given, Out2, HALF, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, True, HALVES, STAGES)
-    else:
-        _chunks(given, Out2, HALF, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, True, HALVES, STAGES)
 
 
 @gluon.jit(do_not_specialize=["T", "documents"])
@@ -347,13 +310,11 @@ def sweep(
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
     HALVES: gl.constexpr,
-    QUICK: gl.constexpr,
-    SLOW_FIRST: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """As `triton_lightning.sweep`. Grid: spans * H * D / BV / HALVES, twice as many for a PAIR.
 
-    HALVES: 2 has all value channels in one program, else 1. QUICK: see QUICK_SLOPE. SLOW_FIRST: heads in reverse order.
+    HALVES: 2 has all value channels in one program, else 1.
     PAIR: a second sweep (A2, B2, V2 to Out2, with the strides of Out) beside the first, from the transposed states; their
     programs run side by side and find each other's tiles in the L2 cache. Left is written by the first alone. Else None.
     """
@@ -365,8 +326,6 @@ def sweep(
         pid = pid // 2
     w = pid // (H * BLOCKS)
     h = pid // BLOCKS % H
-    if SLOW_FIRST:
-        h = H - 1 - h
     e = pid % BLOCKS * (BV * HALVES)
     document = 0
     if VARLEN:
@@ -449,7 +408,7 @@ def sweep(
     if HALVES == 1:
         gl.warp_specialize(
             [
-                (_advance, (given, Out2, 0, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, QUICK, HALVES, STAGES)),
+                (_advance, (given, Out2, 0, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
                 (_score, (score, C, D, REVERSE, HALVES, STAGES)),
                 (_load, (load, A2, B2, V2, C, BV, REVERSE, PAIR, HALVES, STAGES)),
             ],
@@ -459,8 +418,8 @@ def sweep(
     else:
         gl.warp_specialize(
             [
-                (_advance, (given, Out2, 0, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, QUICK, HALVES, STAGES)),
-                (_advance, (given, Out2, 1, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, QUICK, HALVES, STAGES)),
+                (_advance, (given, Out2, 0, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                (_advance, (given, Out2, 1, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
                 (_score, (score, C, D, REVERSE, HALVES, STAGES)),
                 (_load, (load, A2, B2, V2, C, BV, REVERSE, PAIR, HALVES, STAGES)),
             ],

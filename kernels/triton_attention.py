@@ -110,27 +110,11 @@ class Tiling:
     stages: int
 
 
-@dataclass(frozen=True)
-class Style:
-    """How a sweep of `gluon_lightning` runs. None but `quick` changes bits.
-
-    whole: a program has all value channels of a head, not 64: scores and tiles once per head, half as many programs.
-    quick: the decayed values of fast heads (`gluon_lightning.QUICK_SLOPE`) enter the state rounded once; not where it leaves one.
-    slow_first: the heads with the smallest slopes first, since with `quick` they take longest.
-    apart: the two sweeps of a pair one after the other.
-    """
-
-    whole: bool = False
-    quick: bool = False
-    slow_first: bool = False
-    apart: bool = False
-
-
 def tiling(kernel: str, dtype: torch.dtype, padded_dim: int, capability: int) -> Tiling:
-    """Of kernel "sweep", "specialised", "whole" (of `Style`) or "local" on compute capability `capability` (times ten).
+    """Of kernel "sweep", "specialised", "whole" (heads) or "local" on compute capability `capability` (times ten).
 
     Not tuned at run time: bits would change. Tiles whose loops spill no register (`compile_check` compiles them), half precision
-    at head_dim 64 and 128 the fastest of those measured on sm_90, "whole" not yet. Not so float32 at head_dim 256, where an
+    at head_dim 64 and 128 the fastest of those measured on sm_90. Not so float32 at head_dim 256, where an
     operand in two parts alone fills the registers: the least spills.
     """
     if kernel == "specialised":
@@ -251,27 +235,22 @@ class _Call:
         save: int = WHOLE,
         left: torch.Tensor | None = None,
         second: tuple[torch.Tensor, ...] | None = None,
-        style: Style = Style(),
+        whole: bool = False,
     ) -> None:
         """Launch a sweep from the states `entry` of documents and `states` where spans meet.
 
         transposed: the states in memory are the transposes of the sweep's.
         second: (a, b, v, out) of one more sweep, from the transposes of the states of the first, that leaves no state.
+        whole: specialised programs have all value channels of a head, not 64: scores and tiles once per head, the same bits.
         """
         from m1_kernels import triton_lightning
 
-        if second is not None and (style.apart or not self.specialised):
-            shared: dict[str, Any] = {
-                "segment": segment,
-                "reverse": reverse,
-                "entry": entry,
-                "states": states,
-                "style": style,
-            }
+        if second is not None and not self.specialised:
+            shared: dict[str, Any] = {"segment": segment, "reverse": reverse, "entry": entry, "states": states}
             self.sweep(a, b, v, out, left=left, **shared)
             self.sweep(*second, transposed=True, **shared)
             return
-        tile = self.tiling(("whole" if style.whole else "specialised") if self.specialised else "sweep")
+        tile = self.tiling(("whole" if whole else "specialised") if self.specialised else "sweep")
         grid = self.spans(segment) * self.heads * self.blocks
         absent = self.slopes
         pointers = [absent if x is None else x for x in (self.cu_seqlens, entry, states, saved, left)]
@@ -292,10 +271,10 @@ class _Call:
 
             one = tensors(a, b, v, out)
             two = (None,) * len(one) if second is None else tensors(*second)
-            halves = self.blocks if style.whole else 1
+            halves = self.blocks if whole else 1
             gluon_lightning.sweep[((grid if second is None else 2 * grid) // halves,)](
                 *one, *two, *out.stride()[:3], self.slopes, *pointers, *sizes, PAIR=second is not None, HALVES=halves,
-                QUICK=style.quick and left is None, SLOW_FIRST=style.slow_first, **constants,
+                **constants,
             )  # fmt: skip
             return
         wide, narrow = (tile.chunk, self.padded_dim), (tile.chunk, tile.values)
@@ -348,15 +327,15 @@ def _precision(dtype: torch.dtype) -> str:
 class _Plan:
     """Tokens of a span: of the forward sweep, of saved states and dq, of the reverse sweeps. Under a named strategy fixed.
 
-    And how these sweeps run where they are specialised.
+    And whether a program of these sweeps, where specialised, has a whole head.
     """
 
     forward: int
     save: int
     backward: int
-    forward_style: Style = Style()
-    dq_style: Style = Style()
-    reverse_style: Style = Style()
+    forward_whole: bool = False
+    dq_whole: bool = False
+    reverse_whole: bool = False
 
     @classmethod
     def of(cls, call: _Call, strategy: str) -> "_Plan":
@@ -461,13 +440,13 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
             saved=states,
             save=plan.save,
             left=final_state,
-            style=plan.forward_style,
+            whole=plan.forward_whole,
         )
     else:
         states = call.states(plan.forward)
         call.local_states(states, k, v, plan.forward, reverse=False, left=final_state)
         call.scan(states, plan.forward, initial_state, final_state, reverse=False)
-        call.sweep(q, k, v, o, segment=plan.forward, entry=initial_state, states=states, style=plan.forward_style)
+        call.sweep(q, k, v, o, segment=plan.forward, entry=initial_state, states=states, whole=plan.forward_whole)
     return final_state, states if saving else None
 
 
@@ -482,7 +461,7 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
         return dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     call.sweep(
-        do, v, k, dq, segment=plan.save, entry=initial_state, states=states, transposed=True, style=plan.dq_style
+        do, v, k, dq, segment=plan.save, entry=initial_state, states=states, transposed=True, whole=plan.dq_whole
     )
     states = None
     if plan.backward != WHOLE:
@@ -490,7 +469,7 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
         call.local_states(states, q, do, plan.backward, reverse=True)
         call.scan(states, plan.backward, dfinal, None, reverse=True)
     options: dict[str, Any] = {"segment": plan.backward, "reverse": True, "entry": dfinal, "states": states}
-    options["style"] = plan.reverse_style
+    options["whole"] = plan.reverse_whole
     call.sweep(k, q, do, dv, left=dinitial, second=(v, do, q, dk), **options)
     return dinitial
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from m1_kernels import lightning_attention, lightning_attention_packed, slopes, triton_attention
 from m1_kernels.chunked import lightning_attention_chunked
-from m1_kernels.triton_attention import CHUNK, Style, lightning_state_triton
+from m1_kernels.triton_attention import CHUNK, lightning_state_triton
 from m1_kernels.triton_states import read_states_triton
 
 from tests.unit.kernels.checks import Case, Guards, Inputs, assert_matches_oracle, head_errors, make_inputs, oracle, run
@@ -489,28 +489,13 @@ def test_a_whole_head_takes_half_as_many_programs(specialised: list, whole: bool
     call = Planned(1, 256, 3, 128, 1, slopes(3, 0, 8), None, torch.bfloat16, torch.device("cpu"))
     x = torch.empty(1, 256, 3, 128, dtype=torch.bfloat16, device="meta")
     pair: dict[str, Any] = {"segment": 128, "reverse": True, "second": (x, x, x, x)}
-    call.sweep(x, x, x, x, **pair, style=Style(whole=whole))
-    call.sweep(x, x, x, x, **pair, style=Style(whole=whole, apart=True))
+    call.sweep(x, x, x, x, **pair, whole=whole)
+    del pair["second"]
+    call.sweep(x, x, x, x, **pair, whole=whole)
     programs, halves = (6, 2) if whole else (12, 1)
-    assert [count for count, _ in specialised] == [2 * programs, programs, programs]
+    assert [count for count, _ in specialised] == [2 * programs, programs]
     assert {(given["HALVES"], given["BV"]) for _, given in specialised} == {(halves, 64)}
-    assert [(given["PAIR"], given["TRANSPOSED"]) for _, given in specialised] == [
-        (True, False),
-        (False, False),
-        (False, True),
-    ]
-
-
-def test_a_sweep_that_leaves_a_state_is_not_quick(specialised: list) -> None:
-    call = Planned(1, 256, 3, 128, 1, slopes(3, 0, 8), None, torch.bfloat16, torch.device("cpu"))
-    x = torch.empty(1, 256, 3, 128, dtype=torch.bfloat16, device="meta")
-    options: dict[str, Any] = {"segment": triton_attention.WHOLE, "style": Style(quick=True)}
-    left = torch.empty(1, 3, 128, 128)
-    call.sweep(x, x, x, x, **options)
-    call.sweep(x, x, x, x, **options, left=left)
-    assert [given["QUICK"] for _, given in specialised] == [True, False]
-    call.sweep(x, x, x, x, segment=triton_attention.WHOLE)
-    assert not any(specialised[-1][1][name] for name in ("QUICK", "SLOW_FIRST"))
+    assert [given["PAIR"] for _, given in specialised] == [True, False]
 
 
 def test_kernels_are_compiled_once_for_packs_of_all_sizes() -> None:
