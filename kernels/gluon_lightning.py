@@ -157,6 +157,54 @@ def _store_rows(rows, out, t, n, stride_t):
 
 
 @gluon.jit
+def _parts(x, dtype: gl.constexpr):
+    """x, float32, as two 16-bit parts. In pairs: one conversion of two values takes a fourth of the time of two of one."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            """
+            {
+            .reg .f32 a, b;
+            .reg .b32 t;
+            cvt.rn.bf16x2.f32 $0, $3, $2;
+            shl.b32 t, $0, 16;
+            mov.b32 a, t;
+            and.b32 t, $0, 0xffff0000;
+            mov.b32 b, t;
+            sub.rn.f32 a, $2, a;
+            sub.rn.f32 b, $3, b;
+            cvt.rn.bf16x2.f32 $1, b, a;
+            }
+            """,
+            "=&r,=r,f,f",
+            [x],
+            dtype=(gl.bfloat16, gl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            """
+            {
+            .reg .f32 a, b;
+            .reg .b16 c, d;
+            cvt.rn.f16x2.f32 $0, $3, $2;
+            mov.b32 {c, d}, $0;
+            cvt.f32.f16 a, c;
+            cvt.f32.f16 b, d;
+            sub.rn.f32 a, $2, a;
+            sub.rn.f32 b, $3, b;
+            cvt.rn.f16x2.f32 $1, b, a;
+            }
+            """,
+            "=&r,=r,f,f",
+            [x],
+            dtype=(gl.float16, gl.float16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@gluon.jit
 def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
     """Offsets of a state [BV, D] in memory, value channels from e on, whose value channels are `across` (1 or D) apart.
 
@@ -242,9 +290,8 @@ def _advance(
             past = warpgroup_mma_wait(1, deps=[past])
             depart = departs.load(gl.SliceLayout(0, values_operand))
         decayed = values.to(gl.float32) * depart[None, :]
-        leading = decayed.to(dtype)
+        leading, trailing = _parts(decayed, dtype)
         state = state * gl.exp2(-s * n)
-        trailing = (decayed - leading.to(gl.float32)).to(dtype)
         state = warpgroup_mma(leading, b, state, is_async=True)
         state = warpgroup_mma(trailing, b, state, is_async=True)
         past, within = warpgroup_mma_wait(2, deps=[past, within])
