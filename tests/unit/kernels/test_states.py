@@ -86,17 +86,37 @@ def test_without_tokens_states_are_zero_and_nothing_is_read(implementation: str)
     lightning_attention_read(k, states, RATES.to(device), out=k, **options)
 
 
-def test_nan_beyond_the_documents_stays_there() -> None:
-    edges = torch.tensor([0, 30, 50], dtype=torch.int32, device=DEVICE)
-    k = torch.randn(1, 60, 2, DIM, generator=torch.Generator().manual_seed(5)).to(DEVICE)
-    states = lightning_attention_state(k, k, RATES.to(DEVICE), cu_seqlens=edges, implementation="triton")
+@pytest.mark.parametrize("implementation", BOUNDS)
+def test_nan_beyond_the_documents_stays_there(implementation: str) -> None:
+    device = DEVICE if implementation == "triton" else "cpu"
+    edges, rates = torch.tensor([0, 30, 50], dtype=torch.int32, device=device), RATES.to(device)
+    options = {"cu_seqlens": edges, "implementation": implementation}
+    k = torch.randn(1, 60, 2, DIM, generator=torch.Generator().manual_seed(5)).to(device)
+    states = lightning_attention_state(k, k, rates, **options)
     poisoned = k.clone()
     poisoned[:, 50:] = float("nan")
-    again = lightning_attention_state(poisoned, poisoned, RATES.to(DEVICE), cu_seqlens=edges, implementation="triton")
-    assert torch.equal(states, again)
+    assert torch.equal(states, lightning_attention_state(poisoned, poisoned, rates, **options))
     out = torch.zeros_like(k)
-    lightning_attention_read(poisoned, states, RATES.to(DEVICE), out=out, cu_seqlens=edges, implementation="triton")
+    lightning_attention_read(poisoned, states, rates, out=out, **options)
     assert out.isfinite().all() and not out[:, 50:].any()
+    poisoned[:, 0] = float("nan")
+    states = lightning_attention_state(poisoned, poisoned, rates, **options)
+    assert states[0].isnan().any() and states[1].isfinite().all()
+
+
+def test_packs_of_more_tokens_than_a_block_equal_their_documents_alone() -> None:
+    lengths = [5000, 1, 70, 4200]
+    edges = torch.tensor([0, *lengths]).cumsum(0).int()
+    generator = torch.Generator().manual_seed(6)
+    k, v = torch.randn(2, 1, int(edges[-1]), 2, DIM, generator=generator, dtype=torch.float64)
+    states = lightning_attention_state(k, v, RATES, cu_seqlens=edges)
+    out, alone = torch.zeros_like(k), torch.zeros_like(k)
+    lightning_attention_read(k, states, RATES, out=out, cu_seqlens=edges)
+    for document, (k_, v_) in enumerate(zip(k.split(lengths, 1), v.split(lengths, 1))):
+        expected = lightning_attention_state(k_, v_, RATES)
+        assert error(states[document : document + 1], expected) <= BOUNDS["torch"]
+        lightning_attention_read(k_, expected, RATES, out=alone.split(lengths, 1)[document])
+    assert error(out, alone) <= BOUNDS["torch"]
 
 
 def test_what_does_not_fit_is_refused() -> None:
