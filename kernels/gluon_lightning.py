@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language import debug_barrier
 
 __all__ = ["descriptor"]
 
@@ -263,6 +264,7 @@ def _advance(
                 place = saved + (t // SAVE).to(gl.int64) * states_stride
                 gl.store(place + _places(e, across, n // 2**30, D, BV, of_state), state)
         operand = gl.convert_layout(state.to(dtype), state_operand)
+        mbarrier.wait(loaded.index(stage), phase)
         # Registers are short: the decays wait in shared memory. A chunk that is not full is the first or the last one taken.
         if (c < 2) | (n < C):
             if REVERSE:
@@ -271,11 +273,12 @@ def _advance(
             else:
                 reads.store(gl.exp2(-s * (i + 1).to(gl.float32)))
                 departs.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
-        mbarrier.wait(loaded.index(stage), phase)
-        if n < C:
-            _zero_rows(v, n, C, BV)
-            _zero_rows(b, n, C, D)
-            fence_async_shared()
+            if n < C:
+                _zero_rows(v, n, C, BV)
+                _zero_rows(b, n, C, D)
+                fence_async_shared()
+            # Here, or all chunks would have one.
+            debug_barrier()
 
         if HALVES == 1:
             read = reads.load(gl.SliceLayout(0, of_out))
