@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from m1_kernels import gluon_lightning, triton_attention, triton_lightning
+from m1_kernels import gluon_backward, gluon_lightning, triton_attention, triton_lightning
 from m1_kernels.triton_attention import SEGMENT, WHOLE, _Call, _Plan
 
 __all__ = ["DIMS", "DTYPES", "Case", "cases"]
@@ -20,7 +20,7 @@ TOKENS, HEADS = 333, 16  # sizes that 16 does and does not divide, as most are
 PLANS = (
     _Plan(WHOLE, WHOLE, WHOLE),
     _Plan(WHOLE, SEGMENT, SEGMENT),
-    *(_Plan(SEGMENT, SEGMENT, SEGMENT, *3 * (whole,)) for whole in (False, True)),
+    *(_Plan(SEGMENT, SEGMENT, SEGMENT, *2 * (whole,)) for whole in (False, True)),
 )
 FEATURES = ("VARLEN", "ENTRY", "SAVING", "LEAVING", "INITIAL", "HORIZON")
 
@@ -108,7 +108,7 @@ def _recording(capability: int) -> Iterator[list[tuple[Any, tuple, dict[str, Any
     with ExitStack() as stack:
         stack.enter_context(patch.object(_Call, "capability", capability))
         stack.enter_context(patch.object(_Call, "specialised", property(specialised)))
-        for module in (triton_lightning, gluon_lightning):
+        for module in (triton_lightning, gluon_lightning, gluon_backward):
             for name, value in list(vars(module).items()):
                 if not name.startswith("_") and hasattr(value, "arg_names") and value.__module__ == module.__name__:
                     stack.enter_context(patch.object(module, name, Recorder(value)))

@@ -27,6 +27,8 @@ CHUNK = 64
 """Tokens of a chunk in half precision: where a prefill may be cut with bitwise equal results."""
 SEGMENT = 4096
 """Tokens of a span under strategy="segmented"; results depend on it in the last bits."""
+REVERSE_PASS = 0.33
+"""Time of the pass over states before a reverse sweep in spans, as a share of the sweep's; both measured on an H200."""
 WHOLE = 2**30
 """Tokens of a span that no document reaches."""
 
@@ -111,7 +113,7 @@ class Tiling:
 
 
 def tiling(kernel: str, dtype: torch.dtype, padded_dim: int, capability: int) -> Tiling:
-    """Of kernel "sweep", "specialised", "whole" (heads) or "local" on compute capability `capability` (times ten).
+    """Of kernel "sweep", "specialised", "whole" (heads), "backward" or "local" on compute capability `capability` (times ten).
 
     Not tuned at run time: bits would change. Tiles whose loops spill no register (`compile_check` compiles them), half precision
     at head_dim 64 and 128 the fastest of those measured on sm_90. Not so float32 at head_dim 256, where an
@@ -119,6 +121,8 @@ def tiling(kernel: str, dtype: torch.dtype, padded_dim: int, capability: int) ->
     """
     if kernel == "specialised":
         return Tiling(CHUNK, 64, 4, 4)
+    if kernel == "backward":
+        return Tiling(CHUNK, 128, 4, 3)
     if kernel == "whole":
         return Tiling(CHUNK, 64, 4, 3)
     if dtype == torch.float32:
@@ -202,6 +206,29 @@ class _Call:
         spans = max(1, per_processor * self.processors // programs)
         return max(CHUNK * 4, -(-self.batch * self.tokens // (spans * CHUNK)) * CHUNK)
 
+    def reverse_spans(self) -> tuple[int, int]:
+        """(tokens of a span of the specialised reverse sweep, parts of it for the pass over states), programs in one to three waves.
+
+        A program of whole documents takes 1; of n spans 1 / n, a tenth more for each wave behind the first. The pass takes REVERSE_PASS.
+        """
+        programs = self.batch * self.heads
+        if self.tokens <= 16 * CHUNK:
+            return WHOLE, 1
+
+        def taken(spans: int) -> float:
+            waves = -(-programs * spans // self.processors)
+            return waves / spans * (0.9 + 0.1 * waves) + REVERSE_PASS * (spans - 1) / spans * programs / self.processors
+
+        most = max(1, self.tokens // (4 * CHUNK))
+        counts = {1, *(min(max(1, waves * self.processors // programs), most) for waves in (1, 2, 3))}
+        spans = min(sorted(counts), key=taken)
+        if spans == 1:
+            return WHOLE, 1
+        local = programs * (spans - 1) * -(-self.dim // self.tiling("local").values)
+        chunks = -(-self.tokens // (spans * CHUNK))
+        parts = max(1, min(round(4 * self.processors / local), chunks // 4))
+        return -(-chunks // parts) * parts * CHUNK, parts
+
     def states(self, segment: int) -> torch.Tensor:
         """Room for the states where spans meet (`triton_lightning._border`), however many documents there are."""
         shape = (self.batch * (-(-self.tokens // segment) - 1), self.heads, self.dim, self.dim)
@@ -234,22 +261,15 @@ class _Call:
         saved: torch.Tensor | None = None,
         save: int = WHOLE,
         left: torch.Tensor | None = None,
-        second: tuple[torch.Tensor, ...] | None = None,
         whole: bool = False,
     ) -> None:
         """Launch a sweep from the states `entry` of documents and `states` where spans meet.
 
         transposed: the states in memory are the transposes of the sweep's.
-        second: (a, b, v, out) of one more sweep, from the transposes of the states of the first, that leaves no state.
         whole: specialised programs have all value channels of a head, not 64: scores and tiles once per head, the same bits.
         """
         from m1_kernels import triton_lightning
 
-        if second is not None and not self.specialised:
-            shared: dict[str, Any] = {"segment": segment, "reverse": reverse, "entry": entry, "states": states}
-            self.sweep(a, b, v, out, left=left, **shared)
-            self.sweep(*second, transposed=True, **shared)
-            return
         tile = self.tiling(("whole" if whole else "specialised") if self.specialised else "sweep")
         grid = self.spans(segment) * self.heads * self.blocks
         absent = self.slopes
@@ -263,17 +283,13 @@ class _Call:
         if self.specialised:
             from m1_kernels import gluon_lightning
 
-            def tensors(a, b, v, out):
-                widths = (self.dim, self.dim, tile.values, tile.values)
-                return *(
-                    gluon_lightning.descriptor(x, tile.chunk, width) for x, width in zip((a, b, v, out), widths)
-                ), out
-
-            one = tensors(a, b, v, out)
-            two = (None,) * len(one) if second is None else tensors(*second)
+            tiles = (
+                gluon_lightning.descriptor(x, tile.chunk, width)
+                for x, width in ((a, self.dim), (b, self.dim), (v, tile.values), (out, tile.values))
+            )
             halves = self.blocks if whole else 1
-            gluon_lightning.sweep[((grid if second is None else 2 * grid) // halves,)](
-                *one, *two, *out.stride()[:3], self.slopes, *pointers, *sizes, PAIR=second is not None, HALVES=halves,
+            gluon_lightning.sweep[(grid // halves,)](
+                *tiles, out, *(None,) * 5, *out.stride()[:3], self.slopes, *pointers, *sizes, PAIR=False, HALVES=halves,
                 **constants,
             )  # fmt: skip
             return
@@ -283,7 +299,43 @@ class _Call:
             out, *out.stride()[:3], self.slopes, *pointers, *sizes, **constants, **self._precision(),
         )  # fmt: skip
 
-    def local_states(self, states, b, v, segment, *, reverse, left=None, horizon=True) -> None:
+    def reverse_sweep(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        do: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        *,
+        segment: int,
+        spacing: int,
+        entry: torch.Tensor | None,
+        states: torch.Tensor | None,
+        left: torch.Tensor | None,
+    ) -> None:
+        """Launch what writes dk and dv, strides alike, from gradients `entry` of final states and `states` at every `spacing` tokens.
+
+        Where not specialised, spacing is segment. left: takes the gradients of initial states.
+        """
+        if not self.specialised:
+            shared: dict[str, Any] = {"segment": segment, "reverse": True, "entry": entry, "states": states}
+            self.sweep(k, q, do, dv, left=left, **shared)
+            self.sweep(v, do, q, dk, transposed=True, **shared)
+            return
+        from m1_kernels import gluon_backward, gluon_lightning
+
+        tile = self.tiling("backward")
+        tiles = (gluon_lightning.descriptor(x, tile.chunk, self.dim) for x in (q, k, v, do, dk, dv))
+        pointers = (self.slopes if x is None else x for x in (self.cu_seqlens, entry, states, left))
+        gluon_backward.reverse_sweep[(self.spans(segment) * self.heads,)](
+            *tiles, dk, dv, *dk.stride()[:3], self.slopes, *pointers, self.tokens, self.heads, segment, spacing, self.documents,
+            D=self.dim, C=tile.chunk, VARLEN=self.cu_seqlens is not None, ENTRY=(entry is not None) + 2 * (states is not None),
+            LEAVING=left is not None, STAGES=tile.stages, num_warps=tile.warps,
+        )  # fmt: skip
+
+    def local_states(self, states, b, v, segment, *, reverse, span=None, left=None, horizon=True) -> None:
+        """span: without `left`, the tokens between the states that are needed, a multiple of `segment`; as in `scan`."""
         from m1_kernels import triton_lightning
 
         tile = self.tiling("local")
@@ -291,7 +343,7 @@ class _Call:
         triton_lightning.local_states[(self.spans(segment) * self.heads * blocks,)](
             self.descriptor(b, tile.chunk, self.padded_dim), self.descriptor(v, tile.chunk, tile.values), self.slopes,
             self.slopes if self.cu_seqlens is None else self.cu_seqlens, states, states if left is None else left,
-            self.tokens, self.heads, segment, self.documents,
+            self.tokens, self.heads, segment, span or segment, self.documents,
             D=self.dim, BV=tile.values, C=tile.chunk, VARLEN=self.cu_seqlens is not None, REVERSE=reverse, LEAVING=left is not None,
             HORIZON=horizon, STAGES=tile.stages, num_warps=tile.warps, **self._precision(),
         )  # fmt: skip
@@ -305,13 +357,13 @@ class _Call:
                 x, *x.stride()[1:3], self.cu_seqlens, self.tokens, self.heads, self.documents, W=x.shape[-1], BLOCK=1024
             )
 
-    def scan(self, states, segment, initial, left, *, reverse) -> None:
+    def scan(self, states, segment, initial, left, *, reverse, span=None) -> None:
         from m1_kernels import triton_lightning
 
         block = next(size for size in (1024, 512, 256) if self.dim * self.dim % size == 0)
         triton_lightning.scan_states[(self.documents * self.heads * (self.dim * self.dim // block),)](
             states, states if initial is None else initial, states if left is None else left, self.slopes,
-            self.slopes if self.cu_seqlens is None else self.cu_seqlens, self.tokens, self.heads, segment,
+            self.slopes if self.cu_seqlens is None else self.cu_seqlens, self.tokens, self.heads, segment, span or segment,
             D=self.dim, BLOCK=block, VARLEN=self.cu_seqlens is not None, REVERSE=reverse,
             INITIAL=initial is not None, LEAVING=left is not None, STAGES=8,
         )  # fmt: skip
@@ -335,7 +387,8 @@ class _Plan:
     backward: int
     forward_whole: bool = False
     dq_whole: bool = False
-    reverse_whole: bool = False
+    parts: int = 1
+    """Of a span of the reverse sweeps, summed apart on the way to the states where such spans meet."""
 
     @classmethod
     def of(cls, call: _Call, strategy: str) -> "_Plan":
@@ -347,7 +400,8 @@ class _Plan:
         if call.specialised:
             # A program fills a multiprocessor; up to four in turn, since the states' pass has room for several at once.
             span = forward if forward == WHOLE else min(forward, max(1024, call.segment(4)))
-            return cls(span, span, span)
+            backward, parts = call.reverse_spans()
+            return cls(span, span, backward, parts=parts)
         # Two programs share a multiprocessor and hide each other's waits; the forward sweep's states would cost a pass over k and v.
         return cls(forward, min(SEGMENT, call.segment(2)) if forward == WHOLE else forward, call.segment(2))
 
@@ -463,14 +517,14 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
     call.sweep(
         do, v, k, dq, segment=plan.save, entry=initial_state, states=states, transposed=True, whole=plan.dq_whole
     )
-    states = None
+    states, part = None, plan.backward // plan.parts
     if plan.backward != WHOLE:
-        states = call.states(plan.backward)
-        call.local_states(states, q, do, plan.backward, reverse=True)
-        call.scan(states, plan.backward, dfinal, None, reverse=True)
-    options: dict[str, Any] = {"segment": plan.backward, "reverse": True, "entry": dfinal, "states": states}
-    options["whole"] = plan.reverse_whole
-    call.sweep(k, q, do, dv, left=dinitial, second=(v, do, q, dk), **options)
+        states = call.states(part)
+        call.local_states(states, q, do, part, reverse=True, span=plan.backward)
+        call.scan(states, part, dfinal, None, reverse=True, span=plan.backward)
+    call.reverse_sweep(
+        q, k, v, do, dk, dv, segment=plan.backward, spacing=part, entry=dfinal, states=states, left=dinitial
+    )
     return dinitial
 
 

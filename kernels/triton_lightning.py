@@ -350,6 +350,7 @@ def local_states(
     T,
     H,
     SEGMENT,
+    SPAN,
     documents,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -368,7 +369,7 @@ def local_states(
         sum_j e^{-s(n-1-j)} b_j^T v_j   forward           sum_j e^{-s(j+1)} b_j^T v_j   REVERSE
 
     It goes to States at the border (`_border`) with the span that follows. LEAVING: where none does, to Left [documents, H, D, D],
-    unless the document is empty; else such spans are left out.
+    unless the document is empty. Else spans are left out that no state at a multiple of SPAN tokens comes from; SPAN is one of SEGMENT.
     HORIZON: chunks whose every weight is exactly zero in float32 are not read; they would add exact zeros.
     """
     BLOCKS: tl.constexpr = (D + BV - 1) // BV
@@ -384,7 +385,15 @@ def local_states(
         ends = is_first
         border = start
     if not LEAVING:
-        needed = needed & (ends == 0)
+        begin = 0
+        end = T
+        if VARLEN:
+            begin = _within(tl.load(Cu + document), T)
+            end = _within(tl.load(Cu + document + 1, mask=document < documents, other=T), T)
+        if REVERSE:
+            needed = needed & (border - begin >= SPAN)
+        else:
+            needed = needed & (border - begin <= (end - begin - 1) // SPAN * SPAN)
     if needed:
         target = States + (_border(row, border, T, SEGMENT).to(tl.int64) * H + h) * D * D
         if LEAVING:
@@ -427,6 +436,7 @@ def scan_states(
     T,
     H,
     SEGMENT,
+    SPAN,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     VARLEN: tl.constexpr,
@@ -435,8 +445,9 @@ def scan_states(
     LEAVING: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Turn what spans leave behind (`local_states`) into what enters the next, in place. Grid: documents * H * D * D / BLOCK.
+    """Turn what spans leave behind (`local_states`, with its SPAN) into what enters the next, in place.
 
+    Grid: documents * H * D * D / BLOCK.
     Initial: float32 [documents, H, D, D], entering each document (REVERSE: the gradient of its final state).
     LEAVING: Left, of `local_states`, becomes what leaves each document.
     """
@@ -454,11 +465,17 @@ def scan_states(
         begin = _within(tl.load(Cu + document), T)
         length = tl.maximum(_within(tl.load(Cu + document + 1), T) - begin, 0)
     spans = tl.maximum(tl.cdiv(length, SEGMENT), 1)
+    steps = spans - 1
+    if not LEAVING:
+        if REVERSE:
+            steps = tl.maximum(spans - SPAN // SEGMENT, 0)
+        else:
+            steps = tl.maximum(length - 1, 0) // SPAN * (SPAN // SEGMENT)
     s = tl.load(Slopes + h) * LOG2_E
     state = tl.zeros([BLOCK], tl.float32)
     if INITIAL:
         state = tl.load(Initial + element)
-    for step in tl.range(0, spans - 1, num_stages=STAGES):
+    for step in tl.range(0, steps, num_stages=STAGES):
         index = step
         border = begin + (index + 1) * SEGMENT
         if REVERSE:

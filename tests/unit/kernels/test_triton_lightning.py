@@ -250,18 +250,78 @@ def test_auto_fills_the_device_whatever_the_documents(planned: type[Planned], do
     few, many = planned.plan(tokens, 8, documents), planned.plan(tokens, 64, documents)
     assert few == planned.plan(tokens, 8) and many == planned.plan(tokens, 64)
     for span in (few.forward, few.save, few.backward):
-        assert span % CHUNK == 0 and 0.8 * 132 <= tokens // span * 16 <= 4 * 132
+        programs = 8 if planned.specialised and span == few.backward else 16
+        assert span % CHUNK == 0 and 0.8 * 132 <= tokens // span * programs <= 4 * 132
     assert many.forward == triton_attention.WHOLE
     if planned.specialised:
-        assert many.save == many.backward == triton_attention.WHOLE
+        assert many.save == triton_attention.WHOLE
 
 
 def test_auto_leaves_documents_whole_where_rows_fill_the_device_or_are_short() -> None:
     whole = triton_attention.WHOLE
-    assert Planned.plan(65_536, 8, batch=7) == triton_attention._Plan(whole, whole, whole)
+    assert (plan := Planned.plan(65_536, 8, batch=7)).forward == plan.save == whole
     assert Planned.plan(65_536, 8, batch=6).forward < whole
     assert Planned.plan(1024, 8) == triton_attention._Plan(whole, whole, whole)
     assert Planned.plan(1025, 8).forward < whole
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, heads, spans, parts",
+    [
+        (1, 65_536, 64, 2, 4),
+        (1, 8192, 64, 2, 4),
+        (2, 32_768, 64, 1, 1),
+        (1, 65_536, 100, 1, 1),
+        (1, 65_536, 70, 3, 2),
+        (1, 65_536, 16, 8, 2),
+        (1, 65_536, 8, 16, 2),
+        (1, 2048, 8, 8, 1),
+        (1, 1024, 8, 1, 1),
+    ],
+)
+def test_spans_of_the_reverse_sweep(batch: int, tokens: int, heads: int, spans: int, parts: int) -> None:
+    """Programs of whole heads in full waves on 132 multiprocessors; about 528 programs, of half a head, sum the states of parts."""
+    plan = Planned.plan(tokens, heads, batch=batch)
+    assert plan.parts == parts
+    if spans == 1:
+        assert plan.backward == triton_attention.WHOLE
+    else:
+        assert -(-tokens // plan.backward) == spans and plan.backward % (parts * CHUNK) == 0
+    uneven = Planned.plan(tokens + 1, heads, batch=batch)
+    assert spans == 1 or (uneven.backward % (uneven.parts * CHUNK) == 0 and uneven.backward * spans > tokens)
+
+
+@pytest.mark.parametrize("documents", [None, (256, 44, 0, 64, 130, 129, 1, 240)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_of_parts_are_summed_where_spans_meet(documents: tuple[int, ...] | None, reverse: bool) -> None:
+    """As if spans had no parts; what no border of spans needs stays as it was."""
+    part, span = CHUNK, 2 * CHUNK
+    case = Case(tokens=864, heads=2, documents=documents)
+    inputs = make_inputs(case)
+    q, k, _ = (x.to(DEVICE) for x in inputs.qkv.chunk(3, dim=-1))
+    edges = None if documents is None else torch.tensor([0, *documents]).cumsum(0).int().to(DEVICE)
+    call = triton_attention._Call.of(q, slopes(2, 0, 8).to(DEVICE), edges)
+    begins = [0] if edges is None else edges.tolist()[:-1]
+    lengths = documents or (case.tokens,)
+    initial = torch.randn(len(lengths), 2, case.dim, case.dim, device=DEVICE)
+    found = []
+    for size in (part, span):
+        states = call.states(size).fill_(777)
+        call.local_states(states, q, k, size, reverse=reverse, span=span)
+        call.scan(states, size, initial, None, reverse=reverse, span=span)
+        found.append(states)
+    borders = [begin + at for begin, length in zip(begins, lengths) for at in range(span, length, span)]
+    for at in borders:
+        ours, expected = (states[at // size - 1] for states, size in zip(found, (part, span)))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    needed = {
+        (begin + at) // part - 1
+        for begin, length in zip(begins, lengths)
+        for at in range(part, length, part)
+        if (at >= span if reverse else at <= (length - 1) // span * span)
+    }
+    for place, state in enumerate(found[0]):
+        assert bool((state == 777).all()) == (place not in needed), place
 
 
 @pytest.mark.parametrize("documents", [None, (1, 1100, 0, 3)])
@@ -478,9 +538,13 @@ def specialised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, An
         def __getitem__(self, grid: tuple[int]) -> Any:
             return lambda *_, **keywords: launched.append((grid[0], keywords))
 
-    module = types.SimpleNamespace(descriptor=lambda x, *_: x, sweep=Sweep())
-    monkeypatch.setitem(sys.modules, "m1_kernels.gluon_lightning", module)
-    monkeypatch.setattr(m1_kernels, "gluon_lightning", module, raising=False)
+    modules = {
+        "gluon_lightning": types.SimpleNamespace(descriptor=lambda x, *_: x, sweep=Sweep()),
+        "gluon_backward": types.SimpleNamespace(reverse_sweep=Sweep()),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, f"m1_kernels.{name}", module)
+        monkeypatch.setattr(m1_kernels, name, module, raising=False)
     return launched
 
 
@@ -488,23 +552,38 @@ def specialised(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, An
 def test_a_whole_head_takes_half_as_many_programs(specialised: list, whole: bool) -> None:
     call = Planned(1, 256, 3, 128, 1, slopes(3, 0, 8), None, torch.bfloat16, torch.device("cpu"))
     x = torch.empty(1, 256, 3, 128, dtype=torch.bfloat16, device="meta")
-    pair: dict[str, Any] = {"segment": 128, "reverse": True, "second": (x, x, x, x)}
-    call.sweep(x, x, x, x, **pair, whole=whole)
-    del pair["second"]
-    call.sweep(x, x, x, x, **pair, whole=whole)
-    programs, halves = (6, 2) if whole else (12, 1)
-    assert [count for count, _ in specialised] == [2 * programs, programs]
-    assert {(given["HALVES"], given["BV"]) for _, given in specialised} == {(halves, 64)}
-    assert [given["PAIR"] for _, given in specialised] == [True, False]
+    call.sweep(x, x, x, x, segment=128, whole=whole)
+    ((programs, given),) = specialised
+    assert (programs, given["HALVES"], given["BV"]) == ((6, 2, 64) if whole else (12, 1, 64))
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_one_sweep_takes_dk_and_dv(specialised: list, stateful: bool) -> None:
+    """From the states of parts, where heads do not fill the device, and into the gradient of the initial state."""
+    call = Planned(1, 8192, 64, 128, 1, slopes(64, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    x = torch.empty(1, 8192, 64, 128, dtype=torch.bfloat16, device="meta")
+    passes: list[tuple[int, ...]] = []
+    call_of = type("Recorded", (Planned,), {})
+    call_of.local_states = lambda call, states, q, do, part, *, reverse, span: passes.append((len(states), part, span))
+    call_of.scan = lambda call, states, part, initial, left, *, reverse, span: passes.append((part, span))
+    call.__class__ = call_of
+    plan = triton_attention._Plan.of(call, "auto")
+    state = torch.empty(1, 64, 128, 128) if stateful else None
+    triton_attention._backward(call, plan, x, x, x, x, state, x, x, x, state, None)
+    assert passes == [(7, 1024, 4096), (1024, 4096)]
+    (_, dq), (programs, given) = specialised
+    assert dq["TRANSPOSED"] and not dq["REVERSE"] and "REVERSE" not in given
+    assert (programs, given["ENTRY"], given["LEAVING"]) == (128, 3 if stateful else 2, stateful)
 
 
 def test_kernels_are_compiled_once_for_packs_of_all_sizes() -> None:
     """Not again where the number of tokens or documents is 1 or a multiple of 16. Asked in a process that interprets no kernel."""
     code = """
+from m1_kernels.gluon_backward import reverse_sweep
 from m1_kernels.gluon_lightning import sweep as specialised
 from m1_kernels.triton_lightning import local_states, scan_states, sweep, zero_padding
 from m1_kernels.triton_states import _read_states
-for kernel in (specialised, local_states, scan_states, sweep, zero_padding, _read_states):
+for kernel in (specialised, reverse_sweep, local_states, scan_states, sweep, zero_padding, _read_states):
     sizes = [parameter for parameter in kernel.params if parameter.name in ("T", "documents")]
     assert sizes and all(parameter.do_not_specialize for parameter in sizes), kernel
 """

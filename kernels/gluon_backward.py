@@ -1,0 +1,288 @@
+"""dk and dv of lightning attention in one reverse sweep with one state, for Hopper (sm_90), 16-bit inputs of head_dim 128.
+
+    T = sum_{i after} e^{-s(i - border)} do_i^T q_i    float32 [do channels, q channels]: dv reads its transpose, dk reads it
+
+Four partitions of four warps meet at barriers in shared memory:
+
+    _keep   two, with 64 rows of T each in registers: round it into shared memory, add the chunk. The first loads tiles too
+    _grad   dv_j = sum_{i >= j} e^{-s(i-j)} (k_j . q_i) do_i, and dk_j with (v_j . do_i) q_i: scores stay in registers
+
+k is read by dv alone and v by dk alone, so that their results leave from their tiles. A program has one head and one span; what
+is computed, and rounded where, is that of two sweeps of `triton_lightning`, whose chunks are as long.
+"""
+
+from m1_kernels.gluon_lightning import LOG2_E, ROWWISE, _document, _parts, _places, _store_rows, _zero_rows
+from m1_kernels.triton_lightning import _border, _span, _within
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+__all__ = ["reverse_sweep"]
+
+
+@gluon.jit
+def _load(given, stage, t, needed):
+    """All four tiles of the chunk at token t."""
+    Q, K, V, DO, q_tiles, k_tiles, v_tiles, do_tiles, loaded, row, h = given
+    bar = loaded.index(stage)
+    mbarrier.expect(bar, 4 * Q.block_type.nbytes, pred=needed)
+    tma.async_copy_global_to_shared(Q, [row, t, h, 0], bar, q_tiles.index(stage), pred=needed)
+    tma.async_copy_global_to_shared(DO, [row, t, h, 0], bar, do_tiles.index(stage), pred=needed)
+    tma.async_copy_global_to_shared(K, [row, t, h, 0], bar, k_tiles.index(stage), pred=needed)
+    tma.async_copy_global_to_shared(V, [row, t, h, 0], bar, v_tiles.index(stage), pred=needed)
+
+
+@gluon.jit
+def _keep(
+    load,
+    kept,
+    bars,
+    sizes,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    HALF: gl.constexpr,
+    ENTRY: gl.constexpr,
+    LEAVING: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    q_tiles, do_tiles, rounded, departs, entry, entered, left, ends = kept
+    loaded, free, written, read = bars
+    s, start, tokens, chunks = sizes
+    ROWS: gl.constexpr = D // 2
+    FIRST: gl.constexpr = HALF * ROWS
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    dtype: gl.constexpr = q_tiles.dtype
+    state = gl.zeros([ROWS, D], gl.float32, layout)
+    if ENTRY:
+        if entered:
+            state = gl.load(entry + _places(FIRST, 1, 0, D, ROWS, layout))
+    stage = 0
+    phase = 0
+    for c in range(chunks):
+        t = (chunks - 1 - c) * C
+        n = gl.minimum(tokens - t, C)
+        operand_state = state.to(dtype)
+        mbarrier.wait(read, (c & 1) ^ 1)
+        rounded.slice(FIRST, ROWS, dim=0).store(operand_state)
+        fence_async_shared()
+        mbarrier.arrive(written, count=1)
+
+        mbarrier.wait(loaded.index(stage), phase)
+        q = q_tiles.index(stage).reshape([C, D])
+        values = do_tiles.index(stage).reshape([C, D]).slice(FIRST, ROWS, dim=1).permute((1, 0)).load(operand)
+        decayed = values.to(gl.float32) * departs.load(gl.SliceLayout(0, operand))[None, :]
+        leading, trailing = _parts(decayed, dtype)
+        state = state * gl.exp2(-s * n)
+        state = warpgroup_mma(leading, q, state, is_async=True)
+        state = warpgroup_mma(trailing, q, state, is_async=True)
+        if HALF == 0:
+            # Into the place of the chunk before.
+            needed = (c > 0) & (c - 1 + STAGES < chunks)
+            place = gl.where(stage == 0, STAGES - 1, stage - 1)
+            mbarrier.wait(free.index(place), phase ^ (stage == 0).to(gl.int32), pred=needed)
+            _load(load, place, start + t - (STAGES - 1) * C, needed)
+        state = warpgroup_mma_wait(0, deps=[state])
+        mbarrier.arrive(free.index(stage), count=1)
+        phase = phase ^ (stage == STAGES - 1).to(gl.int32)
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+    if LEAVING:
+        if ends:
+            gl.store(left + _places(FIRST, 1, chunks // 2**30, D, ROWS, layout), state)
+
+
+@gluon.jit
+def _grad(
+    Out,
+    out_rows,
+    tiles,
+    bars,
+    sizes,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    TURNED: gl.constexpr,
+    VARLEN: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """out_j = sum_{i >= j} e^{-s(i-j)} (a_j . b_i) v_i, through the tiles of a. TURNED: the state is read transposed."""
+    a_tiles, b_tiles, v_tiles, rounded = tiles
+    loaded, free, written, read = bars
+    s, row, start, h, tokens, chunks, stride_ot = sizes
+    of_scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
+    of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
+    dtype: gl.constexpr = a_tiles.dtype
+    no_scores = gl.zeros([C, C], gl.float32, of_scores)
+    nothing = gl.zeros([C, D], gl.float32, of_out)
+    state = rounded
+    if TURNED:
+        state = rounded.permute((1, 0))
+    stage = 0
+    phase = 0
+    for c in range(chunks):
+        t = (chunks - 1 - c) * C
+        n = gl.minimum(tokens - t, C)
+        mbarrier.wait(loaded.index(stage), phase)
+        a = a_tiles.index(stage).reshape([C, D])
+        b = b_tiles.index(stage).reshape([C, D])
+        v = v_tiles.index(stage).reshape([C, D])
+        scores = warpgroup_mma(a, b.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        mbarrier.wait(written, c & 1)
+        out = warpgroup_mma(a, state, nothing, use_acc=False, is_async=True)
+        # The result of the chunk before has left its tile.
+        tma.store_wait(0)
+        mbarrier.arrive(free.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=c > 0)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        # Computed anew with each chunk, behind an opaque zero: there is no room for 32 registers all along.
+        j = (gl.arange(0, C, layout=gl.SliceLayout(1, of_scores)) + n // 2**30).to(gl.float32)
+        i = gl.arange(0, C, layout=gl.SliceLayout(0, of_scores)).to(gl.float32)
+        distance = i[None, :] - j[:, None]
+        scores = scores * gl.exp2(gl.where(distance >= 0, -s * distance, float("-inf")))
+        scores = gl.convert_layout(scores.to(dtype), operand)
+        out = warpgroup_mma_wait(0, deps=[out])
+        mbarrier.arrive(read, count=1)
+        rows = gl.arange(0, C, layout=gl.SliceLayout(1, of_out))
+        out = out * gl.exp2(-s * gl.maximum(n - 1 - rows, 0).to(gl.float32))[:, None]
+        out = warpgroup_mma(scores, v, out, is_async=True)
+        out = warpgroup_mma_wait(0, deps=[out])
+        a.store(out.to(dtype))
+        full = True
+        if VARLEN:
+            full = n == C
+            if n < C:
+                _store_rows(out_rows, a.load(ROWWISE), start + t, n, stride_ot)
+        if full:
+            fence_async_shared()
+            tma.async_copy_shared_to_global(Out, [row, start + t, h, 0], a_tiles.index(stage))
+        phase = phase ^ (stage == STAGES - 1).to(gl.int32)
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["T", "documents"])
+def reverse_sweep(
+    Q,
+    K,
+    V,
+    DO,
+    DK,
+    DV,
+    DKRows,
+    DVRows,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    Slopes,
+    Cu,
+    Entry,
+    States,
+    Left,
+    T,
+    H,
+    SEGMENT,
+    SPACING,
+    documents,
+    D: gl.constexpr,
+    C: gl.constexpr,
+    VARLEN: gl.constexpr,
+    ENTRY: gl.constexpr,
+    LEAVING: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """dk and dv of one head and span. Grid: spans * H.
+
+    All descriptors have blocks [1, C, 1, D]. DKRows, DVRows: the tensors behind DK and DV, with the same strides, for chunks that
+    are not full. SEGMENT is a multiple of C, and of SPACING, the tokens between States. Entry, States, Left, ENTRY and LEAVING
+    as in `triton_lightning.sweep` of (k, q, do, dv) in reverse.
+    """
+    pid = gl.program_id(0)
+    w = pid // H
+    h = pid % H
+    document = 0
+    if VARLEN:
+        document = _document(w, Cu, T, SEGMENT, documents)
+    row, document, start, tokens, is_first, is_last = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+    dk_rows = DKRows + row.to(gl.int64) * stride_ob + h * stride_oh
+    dv_rows = DVRows + row.to(gl.int64) * stride_ob + h * stride_oh
+
+    if VARLEN:
+        if document == documents:
+            nothing = gl.zeros([C, D], DKRows.dtype.element_ty, ROWWISE)
+            for t in range(0, tokens, C):
+                _store_rows(dk_rows, nothing, start + t, tokens - t, stride_ot)
+                _store_rows(dv_rows, nothing, start + t, tokens - t, stride_ot)
+            if is_first:
+                before = _within(gl.load(Cu), T)
+                for t in range(0, before, C):
+                    _store_rows(dk_rows, nothing, t, before - t, stride_ot)
+                    _store_rows(dv_rows, nothing, t, before - t, stride_ot)
+            tokens = 0
+            is_first = False
+            is_last = False
+
+    entry = Entry + (document.to(gl.int64) * H + h) * D * D
+    entered = is_last
+    if ENTRY >= 2:
+        goes_on = (is_last == 0) & (tokens > 0)
+        if ENTRY == 2:
+            entered = goes_on
+        else:
+            entered = is_last | goes_on
+        if goes_on:
+            entry = States + (_border(row, start + SEGMENT, T, SPACING).to(gl.int64) * H + h) * D * D
+    left = Left + (document.to(gl.int64) * H + h) * D * D
+    s = gl.load(Slopes + h) * LOG2_E
+    chunks = gl.cdiv(tokens, C)
+
+    q_tiles = gl.allocate_shared_memory(Q.dtype, [STAGES] + Q.block_type.shape, Q.layout)
+    k_tiles = gl.allocate_shared_memory(K.dtype, [STAGES] + K.block_type.shape, K.layout)
+    v_tiles = gl.allocate_shared_memory(V.dtype, [STAGES] + V.block_type.shape, V.layout)
+    do_tiles = gl.allocate_shared_memory(DO.dtype, [STAGES] + DO.block_type.shape, DO.layout)
+    square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    rounded = gl.allocate_shared_memory(Q.dtype, [D, D], square)
+    vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    departs = gl.allocate_shared_memory(gl.float32, [C], vector)
+    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(loaded.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=4)
+    mbarrier.init(written, count=2)
+    mbarrier.init(read, count=2)
+    departs.store(gl.exp2(-s * (gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])) + 1).to(gl.float32)))
+    fence_async_shared()
+    load = (Q, K, V, DO, q_tiles, k_tiles, v_tiles, do_tiles, loaded, row, h)
+    for stage in gl.static_range(STAGES):
+        _load(load, stage, start + (chunks - 1 - stage) * C, stage < chunks)
+    if VARLEN:
+        n = tokens - (chunks - 1) * C
+        if (chunks > 0) & (n < C):
+            mbarrier.wait(loaded.index(0), 0)
+            _zero_rows(q_tiles.index(0).reshape([C, D]), n, C, D)
+            _zero_rows(do_tiles.index(0).reshape([C, D]), n, C, D)
+            fence_async_shared()
+
+    bars = (loaded, free, written, read)
+    of_dv = (k_tiles, q_tiles, do_tiles, rounded)
+    of_dk = (v_tiles, do_tiles, q_tiles, rounded)
+    of_rows = (s, row, start, h, tokens, chunks, stride_ot)
+    kept = (q_tiles, do_tiles, rounded, departs, entry, entered, left, is_first)
+    of_state = (s, start, tokens, chunks)
+    gl.warp_specialize(
+        [
+            (_grad, (DV, dv_rows, of_dv, bars, of_rows, C, D, True, VARLEN, STAGES)),
+            (_grad, (DK, dk_rows, of_dk, bars, of_rows, C, D, False, VARLEN, STAGES)),
+            (_keep, (load, kept, bars, of_state, C, D, 0, ENTRY, LEAVING, STAGES)),
+            (_keep, (load, kept, bars, of_state, C, D, 1, ENTRY, LEAVING, STAGES)),
+        ],
+        [4, 4, 4],
+        [128, 128, 128],
+    )
