@@ -251,72 +251,77 @@ def _advance(
     if ENTRY:
         if entered:
             state = gl.load(entry + _places(e, across, 0, D, BV, of_state))
-    for c in range(chunks):
-        stage = c % STAGES
-        phase = (c // STAGES) & 1
-        t = _first_token(c, chunks, C, REVERSE)
-        n = gl.minimum(tokens - t, C)
-        b = b_tiles.index(stage).reshape([C, D])
-        a = a_tiles.index(stage).reshape([C, D])
-        v = v_tiles.index(stage * HALVES + HALF).reshape([C, BV])
+    # One loop for all chunks, or from state to state that is saved: a branch in it costs a tenth of the sweep.
+    every = gl.maximum(chunks, 1)
+    if SAVING:
+        every = SAVE // C
+    for first in range(0, chunks, every):
         if SAVING:
-            if (t > 0) & (t % SAVE == 0):
-                place = saved + (t // SAVE).to(gl.int64) * states_stride
-                gl.store(place + _places(e, across, n // 2**30, D, BV, of_state), state)
-        operand = gl.convert_layout(state.to(dtype), state_operand)
-        mbarrier.wait(loaded.index(stage), phase)
-        # Registers are short: the decays wait in shared memory. A chunk that is not full is the first or the last one taken.
-        if (c < 2) | (n < C):
-            if REVERSE:
-                reads.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
-                departs.store(gl.exp2(-s * (i + 1).to(gl.float32)))
-            else:
-                reads.store(gl.exp2(-s * (i + 1).to(gl.float32)))
-                departs.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
-            if n < C:
-                _zero_rows(v, n, C, BV)
-                _zero_rows(b, n, C, D)
-                fence_async_shared()
-            # Here, or all chunks would have one.
-            debug_barrier()
+            if first > 0:
+                place = saved + (first // every).to(gl.int64) * states_stride
+                gl.store(place + _places(e, across, chunks // 2**30, D, BV, of_state), state)
+        for c in range(first, gl.minimum(first + every, chunks)):
+            stage = c % STAGES
+            phase = (c // STAGES) & 1
+            t = _first_token(c, chunks, C, REVERSE)
+            n = gl.minimum(tokens - t, C)
+            b = b_tiles.index(stage).reshape([C, D])
+            a = a_tiles.index(stage).reshape([C, D])
+            v = v_tiles.index(stage * HALVES + HALF).reshape([C, BV])
+            operand = gl.convert_layout(state.to(dtype), state_operand)
+            mbarrier.wait(loaded.index(stage), phase)
+            # Registers are short: the decays wait in shared memory. A chunk that is not full is the first or the last one taken.
+            if (c < 2) | (n < C):
+                if REVERSE:
+                    reads.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
+                    departs.store(gl.exp2(-s * (i + 1).to(gl.float32)))
+                else:
+                    reads.store(gl.exp2(-s * (i + 1).to(gl.float32)))
+                    departs.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
+                if n < C:
+                    _zero_rows(v, n, C, BV)
+                    _zero_rows(b, n, C, D)
+                    fence_async_shared()
+                # Here, or all chunks would have one.
+                debug_barrier()
 
-        if HALVES == 1:
-            read = reads.load(gl.SliceLayout(0, of_out))
-            depart = departs.load(gl.SliceLayout(0, values_operand))
-        past = warpgroup_mma(operand, a.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        values = v.permute((1, 0)).load(values_operand)
-        mbarrier.wait(scored.index(stage), phase)
-        within = gl.convert_layout(values, state_operand)
-        within = warpgroup_mma(within, scores_tiles.index(stage), zeros, use_acc=False, is_async=True)
-        if HALVES == 2:
-            # Gives the operand's registers back: with 208 all products would be serialised. The other half's run meanwhile.
-            past = warpgroup_mma_wait(1, deps=[past])
-            depart = departs.load(gl.SliceLayout(0, values_operand))
-        decayed = values.to(gl.float32) * depart[None, :]
-        leading, trailing = _parts(decayed, dtype)
-        state = state * gl.exp2(-s * n)
-        state = warpgroup_mma(leading, b, state, is_async=True)
-        state = warpgroup_mma(trailing, b, state, is_async=True)
-        past, within = warpgroup_mma_wait(2, deps=[past, within])
-        if HALVES == 2:
-            read = reads.load(gl.SliceLayout(0, of_out))
-        out = (past * read[None, :] + within).to(dtype)
-        tile = out_tiles.index(HALF * 2 + c % 2)
-        tma.store_wait(1)
-        tile.reshape([C, BV]).permute((1, 0)).store(out)
-        if n == C:
-            fence_async_shared()
-            if PAIR:
-                if second:
-                    tma.async_copy_shared_to_global(Out2, [row, start + t, h, e], tile)
+            if HALVES == 1:
+                read = reads.load(gl.SliceLayout(0, of_out))
+                depart = departs.load(gl.SliceLayout(0, values_operand))
+            past = warpgroup_mma(operand, a.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            values = v.permute((1, 0)).load(values_operand)
+            mbarrier.wait(scored.index(stage), phase)
+            within = gl.convert_layout(values, state_operand)
+            within = warpgroup_mma(within, scores_tiles.index(stage), zeros, use_acc=False, is_async=True)
+            if HALVES == 2:
+                # Gives the operand's registers back: with 208 all products would be serialised. The other half's run meanwhile.
+                past = warpgroup_mma_wait(1, deps=[past])
+                depart = departs.load(gl.SliceLayout(0, values_operand))
+            decayed = values.to(gl.float32) * depart[None, :]
+            leading, trailing = _parts(decayed, dtype)
+            state = state * gl.exp2(-s * n)
+            state = warpgroup_mma(leading, b, state, is_async=True)
+            state = warpgroup_mma(trailing, b, state, is_async=True)
+            past, within = warpgroup_mma_wait(2, deps=[past, within])
+            if HALVES == 2:
+                read = reads.load(gl.SliceLayout(0, of_out))
+            out = (past * read[None, :] + within).to(dtype)
+            tile = out_tiles.index(HALF * 2 + c % 2)
+            tma.store_wait(1)
+            tile.reshape([C, BV]).permute((1, 0)).store(out)
+            if n == C:
+                fence_async_shared()
+                if PAIR:
+                    if second:
+                        tma.async_copy_shared_to_global(Out2, [row, start + t, h, e], tile)
+                    else:
+                        tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
                 else:
                     tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
             else:
-                tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
-        else:
-            _store_rows(out_rows, tile.reshape([C, BV]).load(ROWWISE), start + t, n, stride_ot)
-        state = warpgroup_mma_wait(0, deps=[state])
-        mbarrier.arrive(free.index(stage), count=1)
+                _store_rows(out_rows, tile.reshape([C, BV]).load(ROWWISE), start + t, n, stride_ot)
+            state = warpgroup_mma_wait(0, deps=[state])
+            mbarrier.arrive(free.index(stage), count=1)
     if LEAVING:
         if ends:
             gl.store(left + _places(e, across, chunks // 2**30, D, BV, of_state), state)
