@@ -1,4 +1,4 @@
-"""The sweep of `triton_lightning` with one task per warp group, for Hopper (sm_90), 16-bit inputs of head_dim 128.
+"""The forward sweep of `triton_lightning` with one task per warp group, for Hopper (sm_90), 16-bit inputs of head_dim 128.
 
 Three partitions of a program work on different chunks at a time and meet at barriers in shared memory:
 
@@ -54,60 +54,26 @@ def _document(w, Cu, T, SEGMENT, documents):
 
 
 @gluon.jit
-def _first_token(c, chunks, C: gl.constexpr, REVERSE: gl.constexpr):
-    """Of the chunk that the sweep takes c-th."""
-    if REVERSE:
-        return (chunks - 1 - c) * C
-    else:
-        return c * C
-
-
-@gluon.jit
-def _load(
-    given,
-    A2,
-    B2,
-    V2,
-    C: gl.constexpr,
-    BV: gl.constexpr,
-    REVERSE: gl.constexpr,
-    PAIR: gl.constexpr,
-    HALVES: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    A, B_, V, second, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks = given
+def _load(given, C: gl.constexpr, BV: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr):
+    A, B_, V, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks = given
     for c in range(chunks):
         stage = c % STAGES
         bar = loaded.index(stage)
         mbarrier.wait(free.index(stage), ((c // STAGES) & 1) ^ 1)
         mbarrier.expect(bar, A.block_type.nbytes + B_.block_type.nbytes + HALVES * V.block_type.nbytes)
-        t = start + _first_token(c, chunks, C, REVERSE)
-        if PAIR:
-            if second:
-                _copy(A2, B2, V2, a_tiles, b_tiles, v_tiles, bar, row, t, h, e, stage, BV, HALVES)
-            else:
-                _copy(A, B_, V, a_tiles, b_tiles, v_tiles, bar, row, t, h, e, stage, BV, HALVES)
-        else:
-            _copy(A, B_, V, a_tiles, b_tiles, v_tiles, bar, row, t, h, e, stage, BV, HALVES)
+        t = start + c * C
+        tma.async_copy_global_to_shared(B_, [row, t, h, 0], bar, b_tiles.index(stage))
+        tma.async_copy_global_to_shared(A, [row, t, h, 0], bar, a_tiles.index(stage))
+        for half in gl.static_range(HALVES):
+            tma.async_copy_global_to_shared(V, [row, t, h, e + half * BV], bar, v_tiles.index(stage * HALVES + half))
 
 
 @gluon.jit
-def _copy(A, B_, V, a_tiles, b_tiles, v_tiles, bar, row, t, h, e, stage, BV: gl.constexpr, HALVES: gl.constexpr):
-    tma.async_copy_global_to_shared(B_, [row, t, h, 0], bar, b_tiles.index(stage))
-    tma.async_copy_global_to_shared(A, [row, t, h, 0], bar, a_tiles.index(stage))
-    for half in gl.static_range(HALVES):
-        tma.async_copy_global_to_shared(V, [row, t, h, e + half * BV], bar, v_tiles.index(stage * HALVES + half))
-
-
-@gluon.jit
-def _pairs(s, zero, C: gl.constexpr, REVERSE: gl.constexpr, layout: gl.constexpr):
+def _pairs(s, zero, C: gl.constexpr, layout: gl.constexpr):
     """Decays of the pairs of a chunk [C (j), C (i)]. zero: as in `_places`."""
     j = (zero + gl.arange(0, C, layout=gl.SliceLayout(1, layout))).to(gl.float32)
     i = gl.arange(0, C, layout=gl.SliceLayout(0, layout)).to(gl.float32)
-    if REVERSE:
-        distance = j[:, None] - i[None, :]
-    else:
-        distance = i[None, :] - j[:, None]
+    distance = i[None, :] - j[:, None]
     return gl.where(distance >= 0, gl.exp2(-s * gl.maximum(distance, 0.0)), 0.0)
 
 
@@ -116,24 +82,23 @@ def _score(
     given,
     C: gl.constexpr,
     D: gl.constexpr,
-    REVERSE: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks = given
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     j = gl.arange(0, C, layout=gl.SliceLayout(1, layout))
-    pairs = _pairs(s, 0, C, REVERSE, layout)
+    pairs = _pairs(s, 0, C, layout)
     zeros = gl.zeros([C, C], gl.float32, layout)
     for c in range(chunks):
         stage = c % STAGES
-        n = tokens - _first_token(c, chunks, C, REVERSE)
+        n = tokens - c * C
         mbarrier.wait(loaded.index(stage), (c // STAGES) & 1)
         b = b_tiles.index(stage).reshape([C, D])
         a = a_tiles.index(stage).reshape([C, D])
         scores = warpgroup_mma(b, a.permute((1, 0)), zeros, use_acc=False)
         if HALVES == 2:
-            pairs = _pairs(s, c // 2**30, C, REVERSE, layout)
+            pairs = _pairs(s, c // 2**30, C, layout)
         scores = gl.where((j < n)[:, None], scores * pairs, 0.0)
         scores_tiles.index(stage).store(scores.to(scores_tiles.dtype))
         fence_async_shared()
@@ -220,20 +185,17 @@ def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.const
 @gluon.jit
 def _advance(
     given,
-    Out2,
     HALF: gl.constexpr,
     C: gl.constexpr,
     D: gl.constexpr,
     BV: gl.constexpr,
-    REVERSE: gl.constexpr,
-    PAIR: gl.constexpr,
     ENTRY: gl.constexpr,
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    Out, second, out_rows, stride_ot, entry, entered, saved, left, across, ends, states_stride = given[0]
+    Out, out_rows, stride_ot, entry, entered, saved, left, across, ends, states_stride = given[0]
     a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free = given[1]
     s, row, start, h, e, tokens, chunks, SAVE = given[2]
     of_state: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -263,7 +225,7 @@ def _advance(
         for c in range(first, gl.minimum(first + every, chunks)):
             stage = c % STAGES
             phase = (c // STAGES) & 1
-            t = _first_token(c, chunks, C, REVERSE)
+            t = c * C
             n = gl.minimum(tokens - t, C)
             b = b_tiles.index(stage).reshape([C, D])
             a = a_tiles.index(stage).reshape([C, D])
@@ -272,12 +234,8 @@ def _advance(
             mbarrier.wait(loaded.index(stage), phase)
             # Registers are short: the decays wait in shared memory. A chunk that is not full is the first or the last one taken.
             if (c < 2) | (n < C):
-                if REVERSE:
-                    reads.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
-                    departs.store(gl.exp2(-s * (i + 1).to(gl.float32)))
-                else:
-                    reads.store(gl.exp2(-s * (i + 1).to(gl.float32)))
-                    departs.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
+                reads.store(gl.exp2(-s * (i + 1).to(gl.float32)))
+                departs.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
                 if n < C:
                     _zero_rows(v, n, C, BV)
                     _zero_rows(b, n, C, D)
@@ -311,13 +269,7 @@ def _advance(
             tile.reshape([C, BV]).permute((1, 0)).store(out)
             if n == C:
                 fence_async_shared()
-                if PAIR:
-                    if second:
-                        tma.async_copy_shared_to_global(Out2, [row, start + t, h, e], tile)
-                    else:
-                        tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
-                else:
-                    tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
+                tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
             else:
                 _store_rows(out_rows, tile.reshape([C, BV]).load(ROWWISE), start + t, n, stride_ot)
             state = warpgroup_mma_wait(0, deps=[state])
@@ -335,11 +287,6 @@ def sweep(
     V,
     Out,
     OutRows,
-    A2,
-    B2,
-    V2,
-    Out2,
-    OutRows2,
     stride_ob,
     stride_ot,
     stride_oh,
@@ -358,27 +305,19 @@ def sweep(
     BV: gl.constexpr,
     C: gl.constexpr,
     VARLEN: gl.constexpr,
-    REVERSE: gl.constexpr,
     TRANSPOSED: gl.constexpr,
-    PAIR: gl.constexpr,
     ENTRY: gl.constexpr,
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """As `triton_lightning.sweep`. Grid: spans * H * D / BV / HALVES, twice as many for a PAIR.
+    """As `triton_lightning.sweep`, forward. Grid: spans * H * D / BV / HALVES.
 
     HALVES: 2 has all value channels in one program, else 1.
-    PAIR: a second sweep (A2, B2, V2 to Out2, with the strides of Out) beside the first, from the transposed states; their
-    programs run side by side and find each other's tiles in the L2 cache. Left is written by the first alone. Else None.
     """
     BLOCKS: gl.constexpr = D // (BV * HALVES)
     pid = gl.program_id(0)
-    second = False
-    if PAIR:
-        second = pid % 2 == 1
-        pid = pid // 2
     w = pid // (H * BLOCKS)
     h = pid // BLOCKS % H
     e = pid % BLOCKS * (BV * HALVES)
@@ -387,13 +326,7 @@ def sweep(
         document = _document(w, Cu, T, SEGMENT, documents)
     row, document, start, tokens, is_first, is_last = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
     across = D if TRANSPOSED else 1
-    if PAIR:
-        across = gl.where(second, D, 1)
-    out_rows = OutRows
-    if PAIR:
-        if second:
-            out_rows = OutRows2
-    out_rows += row.to(gl.int64) * stride_ob + h * stride_oh + e
+    out_rows = OutRows + row.to(gl.int64) * stride_ob + h * stride_oh + e
 
     if VARLEN:
         if document == documents:
@@ -408,28 +341,18 @@ def sweep(
             is_first = False
             is_last = False
 
-    begins = is_first
-    ends = is_last
-    if REVERSE:
-        begins = is_last
-        ends = is_first
-    if PAIR:
-        ends = ends & (second == 0)
     entry = Entry
-    entered = begins
+    entered = is_first
     if ENTRY:
         entry += (document.to(gl.int64) * H + h) * D * D
         if ENTRY >= 2:
-            goes_on = (begins == 0) & (tokens > 0)
+            goes_on = (is_first == 0) & (tokens > 0)
             if ENTRY == 2:
                 entered = goes_on
             else:
-                entered = begins | goes_on
+                entered = is_first | goes_on
             if goes_on:
-                border = start
-                if REVERSE:
-                    border = start + SEGMENT
-                entry = States + (_border(row, border, T, SEGMENT).to(gl.int64) * H + h) * D * D
+                entry = States + (_border(row, start, T, SEGMENT).to(gl.int64) * H + h) * D * D
     saved = Saved + (_border(row, start, T, SAVE).to(gl.int64) * H + h) * D * D
     left = Left + (document.to(gl.int64) * H + h) * D * D
     s = gl.load(Slopes + h) * LOG2_E
@@ -454,18 +377,18 @@ def sweep(
     fence_async_shared()
 
     given = (
-        (Out, second, out_rows, stride_ot, entry, entered, saved, left, across, ends, H * D * D),
+        (Out, out_rows, stride_ot, entry, entered, saved, left, across, is_last, H * D * D),
         (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free),
         (s, row, start, h, e, tokens, chunks, SAVE),
     )
     score = (a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks)
-    load = (A, B_, V, second, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks)
+    load = (A, B_, V, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks)
     if HALVES == 1:
         gl.warp_specialize(
             [
-                (_advance, (given, Out2, 0, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
-                (_score, (score, C, D, REVERSE, HALVES, STAGES)),
-                (_load, (load, A2, B2, V2, C, BV, REVERSE, PAIR, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                (_score, (score, C, D, HALVES, STAGES)),
+                (_load, (load, C, BV, HALVES, STAGES)),
             ],
             [4, 1],
             [128, 24],
@@ -473,10 +396,10 @@ def sweep(
     else:
         gl.warp_specialize(
             [
-                (_advance, (given, Out2, 0, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
-                (_advance, (given, Out2, 1, C, D, BV, REVERSE, PAIR, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
-                (_score, (score, C, D, REVERSE, HALVES, STAGES)),
-                (_load, (load, A2, B2, V2, C, BV, REVERSE, PAIR, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                (_score, (score, C, D, HALVES, STAGES)),
+                (_load, (load, C, BV, HALVES, STAGES)),
             ],
             [4, 4, 1],
             [208, 72, 24],

@@ -276,27 +276,28 @@ class _Call:
         pointers = [absent if x is None else x for x in (self.cu_seqlens, entry, states, saved, left)]
         sizes = (self.tokens, self.heads, segment, save, self.documents)
         constants: dict[str, Any] = {
-            "D": self.dim, "BV": tile.values, "C": tile.chunk, "VARLEN": self.cu_seqlens is not None, "REVERSE": reverse,
+            "D": self.dim, "BV": tile.values, "C": tile.chunk, "VARLEN": self.cu_seqlens is not None,
             "TRANSPOSED": transposed, "ENTRY": (entry is not None) + 2 * (states is not None), "SAVING": saved is not None,
             "LEAVING": left is not None, "STAGES": tile.stages, "num_warps": tile.warps,
         }  # fmt: skip
         if self.specialised:
             from m1_kernels import gluon_lightning
 
+            assert not reverse, "of specialised sweeps the reverse one is `reverse_sweep`"
             tiles = (
                 gluon_lightning.descriptor(x, tile.chunk, width)
                 for x, width in ((a, self.dim), (b, self.dim), (v, tile.values), (out, tile.values))
             )
             halves = self.blocks if whole else 1
             gluon_lightning.sweep[(grid // halves,)](
-                *tiles, out, *(None,) * 5, *out.stride()[:3], self.slopes, *pointers, *sizes, PAIR=False, HALVES=halves,
-                **constants,
-            )  # fmt: skip
+                *tiles, out, *out.stride()[:3], self.slopes, *pointers, *sizes, HALVES=halves, **constants
+            )
             return
         wide, narrow = (tile.chunk, self.padded_dim), (tile.chunk, tile.values)
         triton_lightning.sweep[(grid,)](
             self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow), self.descriptor(out, *narrow),
-            out, *out.stride()[:3], self.slopes, *pointers, *sizes, **constants, **self._precision(),
+            out, *out.stride()[:3], self.slopes, *pointers, *sizes, REVERSE=reverse, **constants,
+            **self._precision(),
         )  # fmt: skip
 
     def reverse_sweep(
