@@ -4,7 +4,7 @@
 
 Four partitions of four warps meet at barriers in shared memory:
 
-    _keep   two, with 64 rows of T each in registers: round it into shared memory, add the chunk. The first loads tiles too
+    _keep   two, with 64 rows of T each in registers: round it into shared memory, add the chunk; load q and do, or k and v
     _grad   dv_j = sum_{i >= j} e^{-s(i-j)} (k_j . q_i) do_i, and dk_j with (v_j . do_i) q_i: scores stay in registers
 
 k is read by dv alone and v by dk alone, so that their results leave from their tiles. A program has one head and one span; what
@@ -28,14 +28,12 @@ __all__ = ["reverse_sweep"]
 
 @gluon.jit
 def _load(given, stage, t, needed):
-    """All four tiles of the chunk at token t."""
-    Q, K, V, DO, q_tiles, k_tiles, v_tiles, do_tiles, loaded, row, h = given
+    """Tiles of the chunk at token t, two of the four that its barrier counts."""
+    A, B_, a_tiles, b_tiles, loaded, row, h = given
     bar = loaded.index(stage)
-    mbarrier.expect(bar, 4 * Q.block_type.nbytes, pred=needed)
-    tma.async_copy_global_to_shared(Q, [row, t, h, 0], bar, q_tiles.index(stage), pred=needed)
-    tma.async_copy_global_to_shared(DO, [row, t, h, 0], bar, do_tiles.index(stage), pred=needed)
-    tma.async_copy_global_to_shared(K, [row, t, h, 0], bar, k_tiles.index(stage), pred=needed)
-    tma.async_copy_global_to_shared(V, [row, t, h, 0], bar, v_tiles.index(stage), pred=needed)
+    mbarrier.expect(bar, A.block_type.nbytes + B_.block_type.nbytes, pred=needed)
+    tma.async_copy_global_to_shared(A, [row, t, h, 0], bar, a_tiles.index(stage), pred=needed)
+    tma.async_copy_global_to_shared(B_, [row, t, h, 0], bar, b_tiles.index(stage), pred=needed)
 
 
 @gluon.jit
@@ -82,12 +80,11 @@ def _keep(
         state = state * gl.exp2(-s * n)
         state = warpgroup_mma(leading, q, state, is_async=True)
         state = warpgroup_mma(trailing, q, state, is_async=True)
-        if HALF == 0:
-            # Into the place of the chunk before.
-            needed = (c > 0) & (c - 1 + STAGES < chunks)
-            place = gl.where(stage == 0, STAGES - 1, stage - 1)
-            mbarrier.wait(free.index(place), phase ^ (stage == 0).to(gl.int32), pred=needed)
-            _load(load, place, start + t - (STAGES - 1) * C, needed)
+        # Into the place of the chunk before.
+        needed = (c > 0) & (c - 1 + STAGES < chunks)
+        place = gl.where(stage == 0, STAGES - 1, stage - 1)
+        mbarrier.wait(free.index(place), phase ^ (stage == 0).to(gl.int32), pred=needed)
+        _load(load, place, start + t - (STAGES - 1) * C, needed)
         state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(free.index(stage), count=1)
         phase = phase ^ (stage == STAGES - 1).to(gl.int32)
@@ -253,15 +250,17 @@ def reverse_sweep(
     written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(loaded.index(stage), count=1)
+        mbarrier.init(loaded.index(stage), count=2)
         mbarrier.init(free.index(stage), count=4)
     mbarrier.init(written, count=2)
     mbarrier.init(read, count=2)
     departs.store(gl.exp2(-s * (gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])) + 1).to(gl.float32)))
     fence_async_shared()
-    load = (Q, K, V, DO, q_tiles, k_tiles, v_tiles, do_tiles, loaded, row, h)
+    load_queries = (Q, DO, q_tiles, do_tiles, loaded, row, h)
+    load_keys = (K, V, k_tiles, v_tiles, loaded, row, h)
     for stage in gl.static_range(STAGES):
-        _load(load, stage, start + (chunks - 1 - stage) * C, stage < chunks)
+        _load(load_queries, stage, start + (chunks - 1 - stage) * C, stage < chunks)
+        _load(load_keys, stage, start + (chunks - 1 - stage) * C, stage < chunks)
     if VARLEN:
         n = tokens - (chunks - 1) * C
         if (chunks > 0) & (n < C):
@@ -280,8 +279,8 @@ def reverse_sweep(
         [
             (_grad, (DV, dv_rows, of_dv, bars, of_rows, C, D, True, VARLEN, STAGES)),
             (_grad, (DK, dk_rows, of_dk, bars, of_rows, C, D, False, VARLEN, STAGES)),
-            (_keep, (load, kept, bars, of_state, C, D, 0, ENTRY, LEAVING, STAGES)),
-            (_keep, (load, kept, bars, of_state, C, D, 1, ENTRY, LEAVING, STAGES)),
+            (_keep, (load_queries, kept, bars, of_state, C, D, 0, ENTRY, LEAVING, STAGES)),
+            (_keep, (load_keys, kept, bars, of_state, C, D, 1, ENTRY, LEAVING, STAGES)),
         ],
         [4, 4, 4],
         [128, 128, 128],
