@@ -299,6 +299,7 @@ def sweep(
     T,
     H,
     SEGMENT,
+    SPACING,
     SAVE,
     documents,
     D: gl.constexpr,
@@ -352,7 +353,7 @@ def sweep(
             else:
                 entered = is_first | goes_on
             if goes_on:
-                entry = States + (_border(row, start, T, SEGMENT).to(gl.int64) * H + h) * D * D
+                entry = States + (_border(row, start, T, SPACING).to(gl.int64) * H + h) * D * D
     saved = Saved + (_border(row, start, T, SAVE).to(gl.int64) * H + h) * D * D
     left = Left + (document.to(gl.int64) * H + h) * D * D
     s = gl.load(Slopes + h) * LOG2_E

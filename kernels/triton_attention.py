@@ -5,6 +5,7 @@ Forward, fused: one sweep per document. Forward, segmented: the states that span
 pass saved where spans meet; dk and dv in one reverse sweep, fused or segmented likewise. Nothing reads cu_seqlens on the host.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,10 +28,14 @@ CHUNK = 64
 """Tokens of a chunk in half precision: where a prefill may be cut with bitwise equal results."""
 SEGMENT = 4096
 """Tokens of a span under strategy="segmented"; results depend on it in the last bits."""
-REVERSE_PASS = 0.33
-"""Time of the pass over states before a reverse sweep in spans, as a share of the sweep's; both measured on an H200."""
 WHOLE = 2**30
 """Tokens of a span that no document reaches."""
+CHUNK_US = {"specialised": (2, 1.2), "whole": (1, 2.2), "backward": (1, 3.1)}
+"""Programs of a head and the time of one of its chunks, all multiprocessors at work. These and the next as measured on an H200."""
+WAVE_US, LAUNCH_US, PASS_US, SCAN_US, SAVE_US = 5.0, 12.0, (0.75, 1.06), 0.28, 2.0
+"""Until a program has its first chunk; two launches more; a chunk of the pass over states, in one program and for a multiprocessor;
+a state in the scan; a state saved.
+"""
 
 
 def obstacle(q: torch.Tensor) -> str | None:
@@ -141,6 +146,54 @@ def tiling(kernel: str, dtype: torch.dtype, padded_dim: int, capability: int) ->
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How rows of specialised programs go over the multiprocessors.
+
+    kind: of `tiling`; "specialised" programs have half a head, the others a whole one. parts: of a span, summed apart on the way to
+    the states where spans meet.
+    """
+
+    kind: str
+    segment: int
+    parts: int
+
+    @classmethod
+    @functools.cache
+    def of(
+        cls, kinds: tuple[str, ...], rows: int, chunks: int, processors: int, segment: int | None, saved: bool
+    ) -> "Spread":
+        """The fastest for `rows` heads of all documents, of so many chunks each. saved: no pass over states comes before the sweep."""
+
+        def parts(spans: int) -> int:
+            """About four programs of the pass, which have half a head, for each multiprocessor."""
+            return max(1, min(round(2 * processors / (rows * max(1, spans - 1))), -(-chunks // spans) // 4))
+
+        def microseconds(choice: tuple[str, int]) -> float:
+            kind, spans = choice
+            blocks, each = CHUNK_US[kind]
+            span = -(-chunks // spans)
+            sweep = -(-rows * blocks * spans // processors) * (WAVE_US + each * span)
+            if spans == 1 or segment:
+                return sweep
+            if saved:
+                return sweep + SAVE_US * (spans - 1)
+            passed = max(PASS_US[0] * span / parts(spans), PASS_US[1] * rows * (chunks - span) / processors)
+            return sweep + passed + LAUNCH_US + SCAN_US * spans * parts(spans)
+
+        most = max(1, chunks // 4)
+        choices = []
+        for kind in kinds:
+            counts = (waves * processors // (rows * CHUNK_US[kind][0]) for waves in (1, 2, 3))
+            given = [-(-chunks * CHUNK // segment)] if segment else sorted({1, *(min(max(1, n), most) for n in counts)})
+            choices += [(kind, spans) for spans in given]
+        kind, spans = min(choices, key=microseconds)
+        if segment or spans == 1:
+            return cls(kind, segment or WHOLE, 1)
+        count = 1 if saved else parts(spans)
+        return cls(kind, -(-chunks // (spans * count)) * count * CHUNK, count)
+
+
+@dataclass(frozen=True)
 class _Call:
     """What the launches of one call share."""
 
@@ -206,28 +259,11 @@ class _Call:
         spans = max(1, per_processor * self.processors // programs)
         return max(CHUNK * 4, -(-self.batch * self.tokens // (spans * CHUNK)) * CHUNK)
 
-    def reverse_spans(self) -> tuple[int, int]:
-        """(tokens of a span of the specialised reverse sweep, parts of it for the pass over states), programs in one to three waves.
-
-        A program of whole documents takes 1; of n spans 1 / n, a tenth more for each wave behind the first. The pass takes REVERSE_PASS.
-        """
-        programs = self.batch * self.heads
-        if self.tokens <= 16 * CHUNK:
-            return WHOLE, 1
-
-        def taken(spans: int) -> float:
-            waves = -(-programs * spans // self.processors)
-            return waves / spans * (0.9 + 0.1 * waves) + REVERSE_PASS * (spans - 1) / spans * programs / self.processors
-
-        most = max(1, self.tokens // (4 * CHUNK))
-        counts = {1, *(min(max(1, waves * self.processors // programs), most) for waves in (1, 2, 3))}
-        spans = min(sorted(counts), key=taken)
-        if spans == 1:
-            return WHOLE, 1
-        local = programs * (spans - 1) * -(-self.dim // self.tiling("local").values)
-        chunks = -(-self.tokens // (spans * CHUNK))
-        parts = max(1, min(round(4 * self.processors / local), chunks // 4))
-        return -(-chunks // parts) * parts * CHUNK, parts
+    def spread(self, *kinds: str, segment: int | None = None, saved: bool = False) -> "Spread":
+        """The fastest of specialised programs `kinds` (of `tiling`), with spans of `segment` tokens if given. saved: see `Spread.of`."""
+        return Spread.of(
+            kinds, max(1, self.batch * self.heads), -(-self.tokens // CHUNK), self.processors, segment, saved
+        )
 
     def states(self, segment: int) -> torch.Tensor:
         """Room for the states where spans meet (`triton_lightning._border`), however many documents there are."""
@@ -257,6 +293,7 @@ class _Call:
         reverse: bool = False,
         entry: torch.Tensor | None = None,
         states: torch.Tensor | None = None,
+        spacing: int | None = None,
         transposed: bool = False,
         saved: torch.Tensor | None = None,
         save: int = WHOLE,
@@ -265,6 +302,7 @@ class _Call:
     ) -> None:
         """Launch a sweep from the states `entry` of documents and `states` where spans meet.
 
+        spacing: tokens between the states that there are, of which `segment`, the default, is a multiple.
         transposed: the states in memory are the transposes of the sweep's.
         whole: specialised programs have all value channels of a head, not 64: scores and tiles once per head, the same bits.
         """
@@ -274,7 +312,7 @@ class _Call:
         grid = self.spans(segment) * self.heads * self.blocks
         absent = self.slopes
         pointers = [absent if x is None else x for x in (self.cu_seqlens, entry, states, saved, left)]
-        sizes = (self.tokens, self.heads, segment, save, self.documents)
+        sizes = (self.tokens, self.heads, segment, spacing or segment, save, self.documents)
         constants: dict[str, Any] = {
             "D": self.dim, "BV": tile.values, "C": tile.chunk, "VARLEN": self.cu_seqlens is not None,
             "TRANSPOSED": transposed, "ENTRY": (entry is not None) + 2 * (states is not None), "SAVING": saved is not None,
@@ -380,7 +418,7 @@ def _precision(dtype: torch.dtype) -> str:
 class _Plan:
     """Tokens of a span: of the forward sweep, of saved states and dq, of the reverse sweeps. Under a named strategy fixed.
 
-    And whether a program of these sweeps, where specialised, has a whole head.
+    whole: whether a specialised program of these sweeps has a whole head, which changes no bits. parts: of a span, see `Spread`.
     """
 
     forward: int
@@ -388,21 +426,27 @@ class _Plan:
     backward: int
     forward_whole: bool = False
     dq_whole: bool = False
+    forward_parts: int = 1
     parts: int = 1
-    """Of a span of the reverse sweeps, summed apart on the way to the states where such spans meet."""
+
+    @property
+    def spacing(self) -> int:
+        """Tokens between the states that the forward pass keeps for dq."""
+        return self.save // self.forward_parts
 
     @classmethod
     def of(cls, call: _Call, strategy: str) -> "_Plan":
-        if strategy == "segmented":
-            return cls(SEGMENT, SEGMENT, SEGMENT)
-        if strategy == "fused":
-            return cls(WHOLE, WHOLE, WHOLE)
-        forward = call.segment(1)
+        if strategy != "auto":
+            span = SEGMENT if strategy == "segmented" else WHOLE
+            whole = call.specialised and call.spread("specialised", "whole", segment=span).kind == "whole"
+            return cls(span, span, span, whole, whole)
         if call.specialised:
-            # A program fills a multiprocessor; up to four in turn, since the states' pass has room for several at once.
-            span = forward if forward == WHOLE else min(forward, max(1024, call.segment(4)))
-            backward, parts = call.reverse_spans()
-            return cls(span, span, backward, parts=parts)
+            first, reverse = call.spread("specialised", "whole"), call.spread("backward")
+            dq = first if first.segment != WHOLE else call.spread("specialised", "whole", saved=True)
+            return cls(
+                first.segment, dq.segment, reverse.segment, first.kind == "whole", dq.kind == "whole", first.parts, reverse.parts
+            )  # fmt: skip
+        forward = call.segment(1)
         # Two programs share a multiprocessor and hide each other's waits; the forward sweep's states would cost a pass over k and v.
         return cls(forward, min(SEGMENT, call.segment(2)) if forward == WHOLE else forward, call.segment(2))
 
@@ -498,10 +542,20 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
             whole=plan.forward_whole,
         )
     else:
-        states = call.states(plan.forward)
-        call.local_states(states, k, v, plan.forward, reverse=False, left=final_state)
-        call.scan(states, plan.forward, initial_state, final_state, reverse=False)
-        call.sweep(q, k, v, o, segment=plan.forward, entry=initial_state, states=states, whole=plan.forward_whole)
+        states, part = call.states(plan.spacing), plan.spacing
+        call.local_states(states, k, v, part, reverse=False, left=final_state, span=plan.forward)
+        call.scan(states, part, initial_state, final_state, reverse=False, span=plan.forward)
+        call.sweep(
+            q,
+            k,
+            v,
+            o,
+            segment=plan.forward,
+            spacing=part,
+            entry=initial_state,
+            states=states,
+            whole=plan.forward_whole,
+        )
     return final_state, states if saving else None
 
 
@@ -516,7 +570,16 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
         return dinitial.zero_() if dfinal is None else dinitial.copy_(dfinal)
     dfinal = None if dfinal is None else dfinal.float().contiguous()
     call.sweep(
-        do, v, k, dq, segment=plan.save, entry=initial_state, states=states, transposed=True, whole=plan.dq_whole
+        do,
+        v,
+        k,
+        dq,
+        segment=plan.save,
+        spacing=plan.spacing,
+        entry=initial_state,
+        states=states,
+        transposed=True,
+        whole=plan.dq_whole,
     )
     states, part = None, plan.backward // plan.parts
     if plan.backward != WHOLE:

@@ -200,6 +200,7 @@ def sweep(
     T,
     H,
     SEGMENT,
+    SPACING,
     SAVE,
     documents,
     D: tl.constexpr,
@@ -221,7 +222,8 @@ def sweep(
     A, B_: descriptors with blocks [1, C, 1, DP]; V, Out: [1, C, 1, BV]. OutRows: the tensor behind Out, for chunks that are not
     full.
     Entry: float32 [documents, H, D, D], what documents start from (ENTRY = 1 or 3), else zero.
-    States: [., H, D, D], what their other spans start from (ENTRY = 2 or 3), by `_border`; with 0 and 1 there are none.
+    States: [., H, D, D], what their other spans start from (ENTRY = 2 or 3), by `_border` among states
+    every SPACING tokens, of which SEGMENT is a multiple; with 0 and 1 there are none.
     TRANSPOSED: the states in memory are the transposes of the sweep's own.
     Saved: as States for spans of SAVE tokens, written. SAVE is a multiple of C.
     Left: [documents, H, D, D], the state after the last token of a document in the direction of the sweep.
@@ -273,7 +275,7 @@ def sweep(
                 border = start
                 if REVERSE:
                     border = start + SEGMENT
-                entry = States + (_border(row, border, T, SEGMENT).to(tl.int64) * H + h) * D * D
+                entry = States + (_border(row, border, T, SPACING).to(tl.int64) * H + h) * D * D
         state = tl.load(entry + places, mask=inside & entered, other=0.0)
     saved_states = Saved + (_border(row, start, T, SAVE).to(tl.int64) * H + h) * D * D
 

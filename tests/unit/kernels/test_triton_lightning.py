@@ -249,20 +249,52 @@ def test_auto_fills_the_device_whatever_the_documents(planned: type[Planned], do
     tokens = 65_536
     few, many = planned.plan(tokens, 8, documents), planned.plan(tokens, 64, documents)
     assert few == planned.plan(tokens, 8) and many == planned.plan(tokens, 64)
-    for span in (few.forward, few.save, few.backward):
-        programs = 8 if planned.specialised and span == few.backward else 16
+    for span, whole in ((few.forward, few.forward_whole), (few.save, few.dq_whole), (few.backward, True)):
+        programs = 8 if planned.specialised and whole else 16
         assert span % CHUNK == 0 and 0.8 * 132 <= tokens // span * programs <= 4 * 132
     assert many.forward == triton_attention.WHOLE
     if planned.specialised:
-        assert many.save == triton_attention.WHOLE
+        assert many.save == tokens // 2 and many.dq_whole and not many.forward_whole
 
 
 def test_auto_leaves_documents_whole_where_rows_fill_the_device_or_are_short() -> None:
     whole = triton_attention.WHOLE
-    assert (plan := Planned.plan(65_536, 8, batch=7)).forward == plan.save == whole
+    assert Planned.plan(65_536, 8, batch=7).forward == whole
     assert Planned.plan(65_536, 8, batch=6).forward < whole
-    assert Planned.plan(1024, 8) == triton_attention._Plan(whole, whole, whole)
-    assert Planned.plan(1025, 8).forward < whole
+    assert Planned.plan(256, 8) == triton_attention._Plan(whole, whole, whole)
+    assert Planned.plan(1024, 8).forward == whole
+    assert Planned.plan(2048, 8).forward == 256
+    assert PlannedElsewhere.plan(1024, 8).forward == whole
+    assert PlannedElsewhere.plan(1025, 8).forward < whole
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, heads, forward, dq",
+    [
+        (1, 65_536, 64, (1, 1, False), (2, True)),
+        (2, 65_536, 64, (1, 1, True), (1, True)),
+        (1, 65_536, 16, (8, 2, True), (8, True)),
+        (1, 65_536, 8, (16, 2, True), (16, True)),
+        (1, 2048, 8, (8, 1, False), (8, False)),
+        (1, 1024, 8, (1, 1, False), (4, False)),
+    ],
+)
+def test_spans_of_forward_and_dq(
+    batch: int, tokens: int, heads: int, forward: tuple[int, int, bool], dq: tuple[int, bool]
+) -> None:
+    """Whole heads where they fill 132 multiprocessors; dq in spans from states that the forward sweep saves."""
+    plan = Planned.plan(tokens, heads, batch=batch)
+    assert (-(-tokens // plan.forward), plan.forward_parts, plan.forward_whole) == forward
+    assert (-(-tokens // plan.save), plan.dq_whole) == dq
+
+
+@pytest.mark.parametrize("strategy, heads, whole", [("fused", 64, False), ("fused", 128, True), ("segmented", 8, True)])
+def test_named_strategies_choose_whole_heads_by_shape(strategy: str, heads: int, whole: bool) -> None:
+    """Never spans, which change bits."""
+    call = Planned(1, 65_536, heads, 128, 1, slopes(heads, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    span = triton_attention.SEGMENT if strategy == "segmented" else triton_attention.WHOLE
+    expected = triton_attention._Plan(span, span, span, whole, whole)
+    assert triton_attention._Plan.of(call, strategy) == expected
 
 
 @pytest.mark.parametrize(
@@ -272,11 +304,12 @@ def test_auto_leaves_documents_whole_where_rows_fill_the_device_or_are_short() -
         (1, 8192, 64, 2, 4),
         (2, 32_768, 64, 1, 1),
         (1, 65_536, 100, 1, 1),
-        (1, 65_536, 70, 3, 2),
+        (1, 65_536, 70, 5, 1),
         (1, 65_536, 16, 8, 2),
         (1, 65_536, 8, 16, 2),
         (1, 2048, 8, 8, 1),
-        (1, 1024, 8, 1, 1),
+        (1, 1024, 8, 4, 1),
+        (1, 256, 8, 1, 1),
     ],
 )
 def test_spans_of_the_reverse_sweep(batch: int, tokens: int, heads: int, spans: int, parts: int) -> None:
@@ -322,6 +355,16 @@ def test_states_of_parts_are_summed_where_spans_meet(documents: tuple[int, ...] 
     }
     for place, state in enumerate(found[0]):
         assert bool((state == 777).all()) == (place not in needed), place
+
+
+@pytest.mark.parametrize("documents", [None, (1, 300, 0, 131)])
+def test_sweeps_start_from_states_closer_than_their_spans(
+    documents: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span = 2 * CHUNK
+    plan = triton_attention._Plan(span, span, span, forward_parts=2)
+    monkeypatch.setattr(triton_attention._Plan, "of", lambda *_: plan)
+    assert_matches_oracle(triton_with("auto"), Case(tokens=440, heads=1, documents=documents), FLOAT32_BOUND)
 
 
 @pytest.mark.parametrize("documents", [None, (1, 1100, 0, 3)])
