@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from m1_kernels import lightning_attention, triton_attention
-from m1_kernels.triton_attention import CHUNK, lightning_state_triton
+from m1_kernels.triton_attention import CHUNK, WHOLE, _Plan, lightning_state_triton
 
 from tests.gpu.lightning_checks import DEVICE, Inputs, assert_same_bits, make_inputs, triton
 from tests.unit.kernels.checks import Guards
@@ -40,6 +40,20 @@ def test_a_packed_document_has_the_bits_of_the_same_alone(strategy: str) -> None
             for name, x in packed.items()
         }
         assert_same_bits(mine, alone)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("span, save", [(WHOLE, WHOLE), (WHOLE, 1024), (SEGMENT, SEGMENT)])
+def test_whole_heads_have_the_bits_of_halves(
+    span: int, save: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = pack() if packed else make_inputs(4098, HEADS, D, torch.bfloat16)
+    found = []
+    for whole in (False, True):
+        plan = _Plan(span, save, save, forward_whole=whole, dq_whole=whole)
+        monkeypatch.setattr(_Plan, "of", lambda *_, plan=plan: plan)
+        found.append(triton(inputs, "auto"))
+    assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("strategy", ["fused", "segmented", "auto"])
