@@ -355,10 +355,16 @@ class _Call:
     ) -> None:
         """Launch what writes dk and dv, strides alike, from gradients `entry` of final states and `states` at every `spacing` tokens.
 
-        Where not specialised, spacing is segment. left: takes the gradients of initial states.
+        left: takes the gradients of initial states.
         """
         if not self.specialised:
-            shared: dict[str, Any] = {"segment": segment, "reverse": True, "entry": entry, "states": states}
+            shared: dict[str, Any] = {
+                "segment": segment,
+                "spacing": spacing,
+                "reverse": True,
+                "entry": entry,
+                "states": states,
+            }
             self.sweep(k, q, do, dv, left=left, **shared)
             self.sweep(v, do, q, dk, transposed=True, **shared)
             return
