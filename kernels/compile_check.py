@@ -8,6 +8,7 @@ that can be launched, some hundreds, in place of the largest.
 """
 
 import argparse
+import math
 import re
 import subprocess
 import sys
@@ -24,8 +25,10 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);")
 BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(LDL|STL)\b")
-SPILLING = ("sweep[256 fp32]", "specialised reverse_sweep[128")
-"""Kernels that spill in all tilings (see `triton_attention.tiling`), or a few scalars, since 16 warps have 128 registers each."""
+SPILLING = {"sweep[256 fp32]": math.inf, "specialised reverse_sweep[128": 12}
+"""Spilled accesses that a kernel may have in all its loops: of one that spills in all tilings (see `triton_attention.tiling`), and of one
+whose 16 warps have the 128 registers that there are: scalars, beside some 1900 instructions.
+"""
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that a block can have, by target."""
 
@@ -96,7 +99,7 @@ def faults(name: str, target: int, shared: int, loops: list[Loop], sass: str) ->
     """What is wrong with a taken kernel, as said behind its name."""
     found = []
     spilled = sum(loop.spills for loop in loops) if loops else len(SPILL.findall(sass))
-    if spilled and not name.startswith(SPILLING):
+    if spilled > max((most for start, most in SPILLING.items() if name.startswith(start)), default=0):
         found.append(f"spills: {spilled} accesses; use smaller tiles or more warps")
     most = SHARED_BYTES.get(target)
     if most is not None and shared > most:

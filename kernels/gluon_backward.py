@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-__all__ = ["reverse_sweep"]
+__all__ = ()
 
 
 @gluon.jit
