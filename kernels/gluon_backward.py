@@ -67,12 +67,12 @@ def _keep(
         t = (chunks - 1 - c) * C
         n = gl.minimum(tokens - t, C)
         operand_state = state.to(dtype)
+        mbarrier.wait(loaded.index(stage), phase)
         mbarrier.wait(read, (c & 1) ^ 1)
         rounded.slice(FIRST, ROWS, dim=0).store(operand_state)
         fence_async_shared()
         mbarrier.arrive(written, count=1)
 
-        mbarrier.wait(loaded.index(stage), phase)
         q = q_tiles.index(stage).reshape([C, D])
         values = do_tiles.index(stage).reshape([C, D]).slice(FIRST, ROWS, dim=1).permute((1, 0)).load(operand)
         decayed = values.to(gl.float32) * departs.load(gl.SliceLayout(0, operand))[None, :]
