@@ -11,6 +11,7 @@ __all__ = [
     "context_method",
     "derived",
     "head_chunk_tokens",
+    "head_parts",
     "last_stage_sizes",
     "rank_groups",
 ]
@@ -85,6 +86,11 @@ def head_chunk_tokens(config: Config) -> int:
     """training.head_chunk_tokens, None resolved: tokens whose fp32 logits on one tensor-parallel rank fill 2 GiB."""
     given, rows = config.training.head_chunk_tokens, config.model.vocab_size // config.parallel.tensor
     return max(1, _HEAD_CHUNK_BYTES // (4 * rows)) if given is None else given
+
+
+def head_parts(config: Config) -> int:
+    """bf16 parts of every weight of the head under training.head_products; 1: it is multiplied in fp32."""
+    return {"fp32": 1, "bf16x3": 2, "bf16x6": 3}[config.training.head_products]
 
 
 def rank_groups(parallel: ParallelConfig, world_size: int) -> dict[str, list[list[int]]]:

@@ -152,6 +152,9 @@ class TrainingConfig:
     head_chunk_tokens: int | None = None
     """Tokens of a micro-batch (and context-parallel rank) whose logits exist at the same time; with more, the backward pass computes
     the logits of each chunk again. None: what fits in 2 GiB of fp32 logits per rank."""
+    head_products: Literal["fp32", "bf16x6", "bf16x3"] = "fp32"
+    """How the fp32 head multiplies. `bf16x6`, `bf16x3`: fp32 sums of 6 or 3 products of bf16 parts, for tensor cores, which drop at most
+    2^-23 or 2^-15 of each number's product; hidden states in bf16, one part, need 3 or 2. Decoding steps multiply in fp32."""
     lightning_strategy: Literal["auto", "fused", "segmented"] = "auto"
     """Of the Triton kernels of lightning attention, see `m1_kernels.lightning_attention`. `auto` follows the shapes; under a named one
     the bits of a document do not depend on what it is packed with. Where the kernels do not run, on a CPU, a named one is an error."""

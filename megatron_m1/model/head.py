@@ -5,8 +5,13 @@ import copy
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
+from megatron_m1.model.split_products import split_linear
 from megatron_m1.model.transformer_config import M1TransformerConfig
 from megatron_m1.model.vocab_loss import vocab_parallel_nll
 
@@ -36,10 +41,17 @@ class VocabHead(ColumnParallelLinear):
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Negative log-likelihood [b, s] fp32 of `labels` [b, s], else this rank's logits [s, b, V/TP] fp32.
 
-        hidden: [s, b, h], a sequence shard under sequence parallelism. training.head_chunk_tokens bounds the logits of the losses.
+        hidden: [s, b, h], a sequence shard under sequence parallelism. training.head_chunk_tokens bounds the logits of the losses,
+        training.head_products says how both are multiplied.
         """
-        if labels is None:
+        weight_parts = self.config.head_parts
+        if labels is None and weight_parts == 1:
             return super().forward(hidden.float())[0]
+        if labels is None:
+            spread = (
+                gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+            )
+            return split_linear(spread(hidden, group=self.tp_group), self.weight, weight_parts)
         return vocab_parallel_nll(
             hidden,
             self.weight,
@@ -47,4 +59,5 @@ class VocabHead(ColumnParallelLinear):
             group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
             chunk_tokens=self.config.head_chunk_tokens,
+            weight_parts=weight_parts,
         )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_m1.config.layout import head_chunk_tokens
+from megatron_m1.config.layout import head_chunk_tokens, head_parts
 from megatron_m1.config.schema import Config, ModelConfig
 
 __all__ = ["M1TransformerConfig", "core_config"]
@@ -18,6 +18,7 @@ class M1TransformerConfig(TransformerConfig):
     context_lightning: str
     context_softmax: str
     head_chunk_tokens: int
+    head_parts: int
     lightning_strategy: str
 
 
@@ -82,6 +83,6 @@ def core_config(config: Config) -> M1TransformerConfig:
     )
     core.m1 = model
     core.context_lightning, core.context_softmax = parallel.context_lightning, parallel.context_softmax
-    core.head_chunk_tokens = head_chunk_tokens(config)
+    core.head_chunk_tokens, core.head_parts = head_chunk_tokens(config), head_parts(config)
     core.lightning_strategy = training.lightning_strategy
     return core
