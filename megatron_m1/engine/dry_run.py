@@ -197,9 +197,11 @@ def _head(config: Config) -> str:
     head = 6 * model.vocab_size * model.hidden_size
     kinds = [model.layer_types()[layer] for layer in stage_layers(config, config.parallel.pipeline - 1)]
     stage = training_flops_per_token(replace(model, num_hidden_layers=len(kinds), attn_type_list=kinds), length) - head
+    products = config.training.head_products
+    slow = "fp32 runs below the bf16 rate" if products == "fp32" else f"{products} takes several bf16 products for one"
     return (
-        f"head: {head / 1e9:.4g} GFLOP per token in fp32, {head / stage:.0%} of the {stage / 1e9:.4g} GFLOP of its stage's "
-        f"layers in {config.training.precision}: the last stage is the slowest, and fp32 runs below the bf16 rate"
+        f"head: {head / 1e9:.4g} GFLOP per token in {products}, {head / stage:.0%} of the {stage / 1e9:.4g} GFLOP of its stage's "
+        f"layers in {config.training.precision}: the last stage is the slowest, and {slow}"
     )
 
 

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from megatron_m1.config.layout import chunk_layers, derived, head_chunk_tokens
+from megatron_m1.config.layout import chunk_layers, derived, head_chunk_tokens, head_parts
 from megatron_m1.config.schema import Config
 from megatron_m1.engine.context_exchange import keeps_attention, key_value_exchange, rank_tokens, state_exchange
 from megatron_m1.engine.flops import layer_parameters
@@ -33,7 +33,8 @@ class MemoryEstimate:
     """What forward passes keep until their backward, plus the working set of one layer. Experts assumed balanced."""
     logits: float
     """fp32 logits of one chunk, which turn into their gradient in place, its hidden states and their gradient in fp32, and the
-    gradient of the head before it joins the others (last stage)."""
+    gradient of the head before it joins the others (last stage). With training.head_products the bf16 parts of the weight and of the
+    hidden states and one of the gradient of the logits too."""
     update: float
     """What the update holds when activations and logits are gone: the optimizer's fp32 copy of bf16 gradients, and the copy of
     the weights of steps with layer statistics."""
@@ -110,6 +111,8 @@ def _stage(
         rank_tokens(config) / head_chunks(config) * (vocabulary / model.hidden_size + 2 * model.hidden_size)
         + vocabulary
     )
+    if head_parts(config) > 1:
+        head += _head_parts(config, vocabulary) / _FP32
     weights = dense.weights + experts.weights
     return MemoryEstimate(
         weights=weights,
@@ -124,6 +127,16 @@ def _stage(
         + (weights if config.logging.layer_stats_every_steps > 0 else 0.0),
         buffers=buffers,
     )
+
+
+def _head_parts(config: Config, vocabulary: float) -> float:
+    """Bytes of bf16 parts beside a chunk's logits; vocabulary: weights of the head on a rank."""
+    parts, hidden = head_parts(config), config.model.hidden_size
+    tokens = rank_tokens(config) / head_chunks(config)
+    hidden_parts = parts if config.training.precision == "fp32" else 1
+    # The third part of the weight is made by way of an fp32 copy, before there is a part of the gradient.
+    passing = max(2 * tokens * vocabulary / hidden, _FP32 * vocabulary if parts == 3 else 0.0)
+    return 2 * (parts * vocabulary + hidden_parts * tokens * hidden) + passing
 
 
 class _Tally:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from megatron_m1.config.layout import derived
+from megatron_m1.config.layout import derived, head_parts
 from megatron_m1.config.schema import Config
 from megatron_m1.engine.cluster import Cluster
 from megatron_m1.engine.context_exchange import keeps_attention, key_value_exchange, rank_tokens, state_exchange
@@ -236,11 +236,18 @@ def _sequence_shards(config: Config) -> int:
 
 
 def _head(config: Config, cluster: Cluster) -> float:
-    """fp32 products of a micro-batch: forward, two backward, one more if the logits are computed again chunk by chunk."""
-    model = config.model
-    products = 3 if head_chunks(config) == 1 else 4
+    """Products of a micro-batch: forward, two backward, one more if the logits are computed again chunk by chunk; each of fp32, or of the
+    pairs of bf16 parts that training.head_products counts."""
+    model, rates, parts = config.model, cluster.rates, head_parts(config)
+    hidden = parts if config.training.precision == "fp32" else 1
+
+    def pairs(one: int, other: int) -> int:
+        return sum(i + j < parts for i in range(one) for j in range(other))
+
+    logits = 1 if head_chunks(config) == 1 else 2
+    products = logits * pairs(hidden, parts) + pairs(parts, parts) + pairs(parts, hidden)
     flops = products * 2 * rank_tokens(config) * model.hidden_size * model.vocab_size / config.parallel.tensor
-    return flops / (cluster.rates.fp32_tflops * 1e12)
+    return flops / ((rates.fp32_tflops if parts == 1 else rates.head_split_tflops) * 1e12)
 
 
 def _neighbours(config: Config, cluster: Cluster) -> float:

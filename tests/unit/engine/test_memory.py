@@ -106,6 +106,18 @@ def test_logits_of_one_chunk():
     assert head_chunks(config) == 1
     config.parallel.context = 4
     assert estimate_memory(config, 32)[0].logits == 4 * (16384 * (rows + 2 * hidden) + rows * hidden)
+    plain = estimate_memory(config, 32)[0].logits
+    # Two parts of the weight, the hidden states, a part of the logits' gradient.
+    config.training.head_products = "bf16x3"
+    parts = 2 * (2 * rows * hidden + 16384 * hidden + 16384 * rows)
+    assert estimate_memory(config, 32)[0].logits == pytest.approx(plain + parts)
+    config.training.head_products = "bf16x6"
+    assert estimate_memory(config, 32)[0].logits == pytest.approx(plain + parts + 2 * rows * hidden)
+    # Three parts of the hidden states, and few of these, so that making parts of the weight takes more than the gradient's.
+    config.training.precision, config.training.head_chunk_tokens = "fp32", 1024
+    small = 4 * (1024 * (rows + 2 * hidden) + rows * hidden)
+    parts = 2 * 3 * (rows * hidden + 1024 * hidden) + 4 * rows * hidden
+    assert estimate_memory(config, 32)[0].logits == pytest.approx(small + parts)
 
 
 def test_context_ranks_share_the_optimizer_and_the_tokens():

@@ -79,6 +79,19 @@ def test_the_head_computes_a_fourth_product_in_chunks():
     assert step_time(chunks, CLUSTER).head == pytest.approx(step_time(whole, CLUSTER).head * 4 / 3)
 
 
+@pytest.mark.parametrize(
+    "precision, products, one_chunk, chunks",
+    [("bf16", "bf16x3", 2 + 3 + 2, 9), ("bf16", "bf16x6", 3 + 6 + 3, 15), ("fp32", "bf16x3", 9, 12), ("fp32", "bf16x6", 18, 24)],
+)  # fmt: skip
+def test_the_head_in_bf16_parts(precision, products, one_chunk, chunks):
+    cluster = replace(CLUSTER, rates=replace(CLUSTER.rates, head_split_tflops=100))
+    for tokens, count in ((TOKENS, one_chunk), (TOKENS // 2, chunks)):
+        split = config()
+        split.training.precision, split.training.head_products = precision, products
+        split.training.head_chunk_tokens = tokens
+        assert step_time(split, cluster).head == pytest.approx(count * 2 * TOKENS * 100 * 1000 / 100e12)
+
+
 def test_recomputation_repeats_the_forward_of_its_modules_only():
     none, core, moe, full = (
         step_time(config(recompute=mode, modules=modules), CLUSTER)
