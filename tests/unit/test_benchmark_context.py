@@ -16,7 +16,7 @@ from megatron_m1.config.validate import validate
 from megatron_m1.parallel.lightning_exchange import _Travel
 
 # 4 ranks, 8 chunks of 10 tokens; a state has 2 x 2 fp32 numbers, 16 bytes.
-SHAPE = Shape(world=4, tokens=80, heads=6, key_value_heads=4, head_dim=2, item=2)
+SHAPE = Shape(world=4, tokens=80, heads=6, key_value_heads=3, head_dim=2, item=2)
 SLOPES = [50.0, 20.0, 10.5, 10.3, 1.0, 0.1]
 
 
@@ -35,11 +35,11 @@ def test_lightning_bytes_by_hand():
 
 
 def test_softmax_and_all_to_all_bytes_by_hand():
-    # 20 local tokens, keys and values of 4 heads of 2 numbers: 320 numbers, to three ranks.
-    assert softmax_bytes(SHAPE, direction="forward") == 3 * 320 * 2
-    assert softmax_bytes(SHAPE, direction="backward") == 3 * 320 * (2 + 4)
-    # q 12, k 8, v 8, o 12 numbers per token, three quarters of them to other ranks.
-    assert all_to_all_bytes(SHAPE) == 20 * 40 * 2 * 3 // 4
+    # 20 local tokens, keys and values of 3 heads of 2 numbers: 240 numbers, to three ranks.
+    assert softmax_bytes(SHAPE, direction="forward") == 3 * 240 * 2
+    assert softmax_bytes(SHAPE, direction="backward") == 3 * 240 * (2 + 4)
+    # q 12, k 6, v 6, o 12 numbers per token, three quarters of them to other ranks.
+    assert all_to_all_bytes(SHAPE) == 20 * 36 * 2 * 3 // 4
     # The design's figure for a lightning layer of M1 at 1M over 8 ranks: 7.5 GB.
     whole = Shape(world=8, tokens=1 << 20, heads=64, key_value_heads=64, head_dim=128)
     assert all_to_all_bytes(whole) == 7 * 1 << 30
