@@ -243,9 +243,6 @@ def _advance(
                 # Here, or all chunks would have one.
                 debug_barrier()
 
-            if HALVES == 1:
-                read = reads.load(gl.SliceLayout(0, of_out))
-                depart = departs.load(gl.SliceLayout(0, values_operand))
             past = warpgroup_mma(operand, a.permute((1, 0)), zeros, use_acc=False, is_async=True)
             values = v.permute((1, 0)).load(values_operand)
             mbarrier.wait(scored.index(stage), phase)
@@ -254,15 +251,14 @@ def _advance(
             if HALVES == 2:
                 # Gives the operand's registers back: with 208 all products would be serialised. The other half's run meanwhile.
                 past = warpgroup_mma_wait(1, deps=[past])
-                depart = departs.load(gl.SliceLayout(0, values_operand))
+            depart = departs.load(gl.SliceLayout(0, values_operand))
             decayed = values.to(gl.float32) * depart[None, :]
             leading, trailing = _parts(decayed, dtype)
             state = state * gl.exp2(-s * n)
             state = warpgroup_mma(leading, b, state, is_async=True)
             state = warpgroup_mma(trailing, b, state, is_async=True)
             past, within = warpgroup_mma_wait(2, deps=[past, within])
-            if HALVES == 2:
-                read = reads.load(gl.SliceLayout(0, of_out))
+            read = reads.load(gl.SliceLayout(0, of_out))
             out = (past * read[None, :] + within).to(dtype)
             tile = out_tiles.index(HALF * 2 + c % 2)
             tma.store_wait(1)
