@@ -261,9 +261,8 @@ class _Call:
 
     def spread(self, *kinds: str, segment: int | None = None, saved: bool = False) -> "Spread":
         """The fastest of specialised programs `kinds` (of `tiling`), with spans of `segment` tokens if given. saved: see `Spread.of`."""
-        return Spread.of(
-            kinds, max(1, self.batch * self.heads), -(-self.tokens // CHUNK), self.processors, segment, saved
-        )
+        rows, chunks = max(1, self.batch * self.heads), max(1, -(-self.tokens // CHUNK))
+        return Spread.of(kinds, rows, chunks, self.processors, segment, saved)
 
     def states(self, segment: int) -> torch.Tensor:
         """Room for the states where spans meet (`triton_lightning._border`), however many documents there are."""

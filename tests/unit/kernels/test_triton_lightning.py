@@ -288,6 +288,13 @@ def test_spans_of_forward_and_dq(
     assert (-(-tokens // plan.save), plan.dq_whole) == dq
 
 
+@pytest.mark.parametrize("strategy", triton_attention.STRATEGIES)
+@pytest.mark.parametrize("batch, tokens", [(0, 64), (1, 0)])
+def test_nothing_at_all_has_a_plan(batch: int, tokens: int, strategy: str) -> None:
+    call = Planned(batch, tokens, 8, 128, batch, slopes(8, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    assert triton_attention._Plan.of(call, strategy).forward_parts == 1
+
+
 @pytest.mark.parametrize("strategy, heads, whole", [("fused", 64, False), ("fused", 128, True), ("segmented", 8, True)])
 def test_named_strategies_choose_whole_heads_by_shape(strategy: str, heads: int, whole: bool) -> None:
     """Never spans, which change bits."""
