@@ -192,6 +192,11 @@ class Spread:
         count = 1 if saved else parts(spans)
         return cls(kind, -(-chunks // (spans * count)) * count * CHUNK, count)
 
+    def halved(self) -> "Spread":
+        """Spans of half as many parts, where they have an even number, for packs: uneven documents then fill the multiprocessors
+        better (16 in 64k tokens, 64 heads: 1.86 ms in place of 2.33), and one of all tokens takes little longer (2.08, 2.00)."""
+        return replace(self, segment=self.segment // 2, parts=self.parts // 2) if self.parts % 2 == 0 else self
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -447,6 +452,8 @@ class _Plan:
             return cls(span, span, span, whole, whole)
         if call.specialised:
             first, reverse = call.spread("specialised", "whole"), call.spread("backward")
+            if call.cu_seqlens is not None and call.documents > 1:
+                reverse = reverse.halved()
             dq = first if first.segment != WHOLE else call.spread("specialised", "whole", saved=True)
             return cls(
                 first.segment, dq.segment, reverse.segment, first.kind == "whole", dq.kind == "whole", first.parts, reverse.parts

@@ -248,10 +248,14 @@ def test_auto_fills_the_device_whatever_the_documents(planned: type[Planned], do
     """A pack's longest document may be nearly all of it: eight heads alone are 16 programs."""
     tokens = 65_536
     few, many = planned.plan(tokens, 8, documents), planned.plan(tokens, 64, documents)
-    assert few == planned.plan(tokens, 8) and many == planned.plan(tokens, 64)
+    for pack, heads in ((few, 8), (many, 64)):
+        dense = planned.plan(tokens, heads)
+        halves = 2 if planned.specialised and documents is not None and documents > 1 else 1
+        assert (pack.backward * halves, pack.parts * halves) == (dense.backward, dense.parts)
+        assert replace(pack, backward=dense.backward, parts=dense.parts) == dense
     for span, whole in ((few.forward, few.forward_whole), (few.save, few.dq_whole), (few.backward, True)):
         programs = 8 if planned.specialised and whole else 16
-        assert span % CHUNK == 0 and 0.8 * 132 <= tokens // span * programs <= 4 * 132
+        assert span % CHUNK == 0 and 0.8 * 132 <= tokens // span * programs <= 4 * 132, (span, programs)
     assert many.forward == triton_attention.WHOLE
     if planned.specialised:
         assert many.save == tokens // 2 and many.dq_whole and not many.forward_whole
