@@ -11,10 +11,10 @@ __all__ = ["linear_gradients_", "parts", "product_", "split_linear"]
 
 _LARGEST = torch.finfo(torch.bfloat16).max
 _CHAIN = 2048
-"""Terms of a sum that the tensor cores add up. They round towards zero (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021, up
-to the A100), so that the error grows with the length: emulated with a rounding every 16 terms of random sign, 2^-18.6 relative (RMS)
-for 2048 terms and 2^-14.8 for 25,008, where fp32 rounded to nearest term by term comes to 2^-21.3 and 2^-18.9. Not measured on Hopper.
-Chains are added up by rounding to nearest, each at the price of reading and writing the result."""
+"""Terms of a sum that the tensor cores add up. They round towards zero (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021), so
+that the error grows with the length: on an H200 sums of 50,016 terms are right to 2^-14.0 relative (RMS) in one chain, to 2^-17.6,
+2^-18.6 and 2^-19.5 in chains of 4096, 2048 and 1024; cuBLAS in fp32 to 2^-18.7. Chains are added up by rounding to nearest, each at the
+price of reading and writing the result: 2048 cost nothing measurable, 1024 a twentieth of the time."""
 
 
 def parts(x: Tensor, count: int, *, consume: bool = False) -> Iterator[Tensor]:
