@@ -17,11 +17,8 @@ DIMS = (64, 96, 128, 256)
 M1_DIM = 128
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKENS, HEADS = 333, 16  # sizes that 16 does and does not divide, as most are
-PLANS = (
-    _Plan(WHOLE, WHOLE, WHOLE),
-    _Plan(WHOLE, SEGMENT, SEGMENT),
-    *(_Plan(SEGMENT, SEGMENT, SEGMENT, *2 * (whole,)) for whole in (False, True)),
-)
+SPANS = ((WHOLE, WHOLE, WHOLE), (WHOLE, SEGMENT, SEGMENT), (SEGMENT, SEGMENT, SEGMENT))
+PLANS = tuple(_Plan(*spans, whole, whole) for spans in SPANS for whole in (False, True))
 FEATURES = ("VARLEN", "ENTRY", "SAVING", "LEAVING", "INITIAL", "HORIZON")
 
 # name, kernel, signature, constexprs, options
