@@ -75,7 +75,7 @@ def lightning_attention_packed_triton(
     activation: str | None = "silu",
     strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As `lightning_attention_packed`. SiLU is a pass of its own each way: inside the sweeps it costs more (see LOG.md)."""
+    """As `lightning_attention_packed`. SiLU is a pass of its own each way: inside the sweeps an exact one costs more (LOG.md)."""
     o, final_state = _PackedAttention.apply(
         qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", strategy
     )
@@ -158,7 +158,7 @@ class Spread:
     parts: int
 
     @classmethod
-    @functools.cache
+    @functools.lru_cache(maxsize=1024)
     def of(
         cls, kinds: tuple[str, ...], rows: int, chunks: int, processors: int, segment: int | None, saved: bool
     ) -> "Spread":
@@ -613,7 +613,8 @@ def _output_like(q: torch.Tensor) -> torch.Tensor:
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    """x, or a contiguous copy where its strides are none that a tensor descriptor can have: multiples of 16 bytes."""
+    """x, or a contiguous copy where its strides or its place are none that a tensor descriptor can have: multiples of 16 bytes."""
     size = x.element_size()
     fits = x.stride(-1) == 1 and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:-1])
-    return x if fits and x.data_ptr() % 16 == 0 else x.contiguous()
+    # Not x.contiguous(): that is x where only its first byte, or the stride of a dimension of size 1, does not fit.
+    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -277,6 +277,7 @@ def test_auto_leaves_documents_whole_where_rows_fill_the_device_or_are_short() -
     [
         (1, 65_536, 64, (1, 1, False), (2, True)),
         (2, 65_536, 64, (1, 1, True), (1, True)),
+        (3, 65_536, 32, (1, 1, True), (4, True)),
         (1, 65_536, 16, (8, 2, True), (8, True)),
         (1, 65_536, 8, (16, 2, True), (16, True)),
         (1, 2048, 8, (8, 1, False), (8, False)),
@@ -487,6 +488,19 @@ def test_views_of_a_packed_projection_are_read_in_place() -> None:
         assert triton_attention._readable(x) is x
     shifted = qkv[..., 1:25]  # not at a multiple of 16 bytes
     assert triton_attention._readable(shifted).is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["byte", "stride"])
+def test_contiguous_input_that_no_descriptor_takes_is_copied(name: str) -> None:
+    """One that begins between multiples of 16 bytes, or has a dimension of size 1 with a stride between them."""
+    x = torch.randn(1 + 40 * 16, device=DEVICE)
+    given = x[1:].view(1, 40, 1, 16) if name == "byte" else x[:-1].view(1, 40, 16, 1).mT
+    assert given.is_contiguous()
+    decay = slopes(1, 0, 8).to(DEVICE)
+    found, expected = (
+        lightning_attention(y, y, y, decay, implementation="triton") for y in (given, x.new_tensor(given.tolist()))
+    )
+    assert torch.equal(found, expected)
 
 
 def test_time_major_input_is_read_in_place() -> None:
