@@ -510,7 +510,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, do, dfinal):
         qkv, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
         call = replace(ctx.call, slopes=slopes, cu_seqlens=cu_seqlens)
-        dqkv = torch.empty_strided(qkv.shape, qkv.stride(), dtype=qkv.dtype, device=qkv.device)
+        dqkv = _output_like(qkv)
         q, k, v = _activated(qkv, ctx.activate)
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
         gradients = dqkv.split(call.dim, dim=-1)
@@ -605,7 +605,10 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
 
 
 def _output_like(q: torch.Tensor) -> torch.Tensor:
-    """Empty [B, T, H, D], contiguous, or time-major like q: the layer then has nothing to transpose."""
+    """Empty [B, T, H, D], contiguous, or time-major like q: the layer then has nothing to transpose.
+
+    Never with heads in front of tokens: the kernels reach a head of what they write by 32-bit offsets.
+    """
     batch, tokens, heads, dim = q.shape
     if batch > 1 and q.stride(0) < q.stride(1):
         return torch.empty(tokens, batch, heads, dim, dtype=q.dtype, device=q.device).transpose(0, 1)

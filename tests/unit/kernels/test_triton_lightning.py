@@ -513,6 +513,19 @@ def test_time_major_input_is_read_in_place() -> None:
     assert torch.equal(o, expected)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 0, 1)])
+def test_gradients_of_a_packed_projection_have_tokens_in_front_of_heads(order: tuple[int, int, int]) -> None:
+    """Whatever order its dimensions B, T and H have in memory; time-major stays time-major."""
+    qkv, decay = torch.randn(2, 70, 3, 48, device=DEVICE), slopes(3, 0, 8).to(DEVICE)
+    found = []
+    for x in (qkv, qkv.permute(*order, 3).contiguous().permute(*torch.tensor(order).argsort().tolist(), 3)):
+        o = lightning_attention_packed(x.requires_grad_(), decay, implementation="triton")
+        found.append(torch.autograd.grad(o, x, torch.ones_like(o))[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    time_major = torch.empty(70, 2, 3, 48).transpose(0, 1)
+    assert found[1].stride() == (time_major if order == (1, 0, 2) else qkv).stride()
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_tokens_beyond_the_exact_zero_horizon_are_skipped_with_equal_bits(reverse: bool) -> None:
     _, k, v, _ = pack()
