@@ -44,7 +44,7 @@ from benchmarks.fake_ranks import Received, balance_routing, fake_rank, fill_wei
 from megatron_m1.engine.cluster import DEVICES, Cluster  # noqa: E402
 from megatron_m1.engine.memory import estimate_memory, stage_layers  # noqa: E402
 from megatron_m1.engine.rates import Rates  # noqa: E402
-from megatron_m1.engine.step_time import COMPUTE, stage_seconds  # noqa: E402
+from megatron_m1.engine.step_time import COMPUTE, forward_waits, stage_seconds  # noqa: E402
 from megatron_m1.engine.trainer import Trainer  # noqa: E402
 
 __all__ = [
@@ -292,11 +292,12 @@ def prediction(
 def work_seconds(
     config: Config, stage: int, device: Cluster, *, kept_attention: bool, cudnn_blocks: bool
 ) -> dict[str, float]:
-    """Work of a micro-batch on a rank by term, and `launch`, what is left of the host's time; communication returns at once."""
+    """Work of a micro-batch on a rank by term, and `launch`, waits for the host; communication returns at once."""
     terms = stage_seconds(config, device, kept_attention=kept_attention, cudnn_blocks=cudnn_blocks)[stage]
     work = {name: terms[name] for name in COMPUTE}
-    host = device.rates.layer_host_s * len(stage_layers(config, stage))
-    return work | {"launch": max(0.0, host - sum(work.values()) + work["head"])}
+    layers = len(stage_layers(config, stage))
+    waits, host = layers * forward_waits(config, device.rates), layers * device.rates.layer_host_s
+    return work | {"launch": max(waits, host - sum(work.values()) + work["head"])}
 
 
 def predict_again(file: Path) -> None:

@@ -50,7 +50,7 @@ from benchmarks.fake_ranks import (  # noqa: E402
 )
 from megatron_m1.engine.batch import MicroBatch  # noqa: E402
 from megatron_m1.engine.cluster import DEVICES, Cluster  # noqa: E402
-from megatron_m1.engine.step_time import COMPUTE, stage_seconds  # noqa: E402
+from megatron_m1.engine.step_time import COMPUTE, forward_waits, stage_seconds  # noqa: E402
 from megatron_m1.model.build import build_model, routers  # noqa: E402
 
 __all__ = ["Point", "measure_point"]
@@ -249,9 +249,10 @@ def measure_point(point: Point, model: ModelConfig, *, cluster: Cluster, experts
 def estimate(
     config: Config, device: Cluster, *, kept_attention: bool = True, cudnn_blocks: bool = True
 ) -> dict[str, float]:
-    """Seconds of the layer by term, without communication and the host's time. The rest: see `stage_seconds`."""
+    """Seconds of the layer by term; `launch` is the waits in forward passes alone. Without communication and the host's least time for a
+    layer. The rest: see `stage_seconds`."""
     terms = stage_seconds(config, device, kept_attention=kept_attention, cudnn_blocks=cudnn_blocks)[1]
-    return {name: terms[name] for name in COMPUTE}
+    return {name: terms[name] for name in COMPUTE} | {"launch": forward_waits(config, device.rates)}
 
 
 def predict_again(file: Path, *, experts: int, cluster: Cluster) -> None:

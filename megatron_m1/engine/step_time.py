@@ -8,8 +8,9 @@ from megatron_m1.engine.cluster import Cluster
 from megatron_m1.engine.context_exchange import keeps_attention, key_value_exchange, rank_tokens, state_exchange
 from megatron_m1.engine.flops import layer_parameters, training_flops_per_token
 from megatron_m1.engine.memory import estimate_memory, head_chunks, stage_layers
+from megatron_m1.engine.rates import Rates
 
-__all__ = ["COMPUTE", "StepTime", "stage_balance", "stage_seconds", "step_time"]
+__all__ = ["COMPUTE", "StepTime", "forward_waits", "stage_balance", "stage_seconds", "step_time"]
 
 COMPUTE = ("gemm", "experts", "lightning", "softmax", "elementwise", "head")
 """Terms of `stage_seconds` that are work of the GPU itself; the others are communication."""
@@ -46,7 +47,8 @@ class StepTime:
     states: float
     """Lightning states between context-parallel ranks, gathered or from hop to hop, nothing hidden."""
     launch: float
-    """The device waiting for the host to queue layers that take it less time than that (rates.layer_host_s)."""
+    """The device waiting for the host: in forward passes (rates.forward_wait_s), and for layers that it takes longer to queue than they
+    take the device (rates.layer_host_s)."""
     imbalance: float
     """The slowest stage over the mean: softmax layers are few, and the last stage has the head."""
     pipeline: float
@@ -123,6 +125,11 @@ def stage_seconds(
     return stages
 
 
+def forward_waits(config: Config, rates: Rates) -> float:
+    """Seconds in which the device waits in the forward passes of one layer for one micro-batch, that of recomputation included."""
+    return rates.forward_wait_s * (2 if "experts" in _recomputed(config) else 1)
+
+
 def stage_balance(config: Config) -> float:
     """Mean over maximum of the stages' arithmetic at training.seq_length, without the head."""
     model, length = config.model, config.training.seq_length
@@ -145,15 +152,22 @@ def _layer(
     if kind == 1 and key_value_exchange(config).method != "all_gather":
         hidden = zip(exchange["ring"], compute["softmax"])
         exchange["ring"] = tuple(max(0.0, sent - computed) for sent, computed in hidden)
-    modules = {"none": [], "full": ["full"], "selective": training.recompute_modules}[training.recompute]
-    again = frozenset().union(*(_RECOMPUTED[module] for module in modules))
+    again = _recomputed(config)
     if kept_attention and keeps_attention(config):
         again -= {"softmax", "ring"}
     terms = {
         name: backward + forward * (2 if name in again else 1)
         for name, (forward, backward) in (compute | exchange).items()
     }
-    return terms | {"launch": max(0.0, cluster.rates.layer_host_s - sum(terms.values()))}
+    rates = cluster.rates
+    return terms | {"launch": max(forward_waits(config, rates), rates.layer_host_s - sum(terms.values()))}
+
+
+def _recomputed(config: Config) -> frozenset[str]:
+    """Terms of a layer whose forward part the backward pass repeats."""
+    training = config.training
+    modules = {"none": [], "full": ["full"], "selective": training.recompute_modules}[training.recompute]
+    return frozenset().union(*(_RECOMPUTED[module] for module in modules))
 
 
 def _compute(config: Config, cluster: Cluster, kind: int, attended: int) -> dict[str, tuple[float, ...]]:

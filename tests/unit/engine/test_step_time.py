@@ -16,7 +16,7 @@ CLUSTER = Cluster(
     rates=Rates(
         dense_tflops=700, grouped_tflops=600, grouped_small_tflops=410, softmax_tflops=554, softmax_backward_tflops=390,
         fp32_tflops=50, copy_share=4.3 / 4.8, nvlink_share=0.8, network_share=0.8, lightning_layer=1, softmax_layer=1,
-        layer_host_s=0, softmax_context=1, softmax_context_flash=1,
+        forward_wait_s=0, layer_host_s=0, softmax_context=1, softmax_context_flash=1,
     ),
 )  # fmt: skip
 MODEL = ModelConfig(
@@ -71,6 +71,17 @@ def test_layers_take_at_least_the_hosts_time():
     work = plain.gemm + plain.experts + plain.lightning + plain.softmax + plain.elementwise
     assert plain.launch == 0 and waiting.launch == pytest.approx(4 * 1.0 - work)  # 4 layers, one micro-batch
     assert waiting.head == plain.head
+
+
+def test_the_device_waits_in_every_forward_pass():
+    def launch(host_s=0.0, **options):
+        cluster = replace(CLUSTER, rates=replace(CLUSTER.rates, forward_wait_s=0.25, layer_host_s=host_s))
+        return step_time(config(**options), cluster).launch
+
+    assert launch() == launch(recompute="selective", modules=["core_attn"]) == 4 * 0.25
+    assert launch(recompute="full") == launch(recompute="selective", modules=["moe"]) == 4 * 0.5
+    # They are part of the host's time for a layer, not on top of it.
+    assert launch(1.0) == pytest.approx(4 * 1.0, rel=0.01) and launch(0.25) == 4 * 0.25
 
 
 def test_the_head_computes_a_fourth_product_in_chunks():

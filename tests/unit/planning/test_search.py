@@ -14,7 +14,7 @@ MODEL = ModelConfig(
     intermediate_size=128, num_local_experts=4, rotary_dim=32, attn_type_list=[0, 1, 0, 1],
 )  # fmt: skip
 # The host is never waited for: its share would be all that there is of a model so small.
-CLUSTER = replace(DEVICES["H800"], gpus=8, gpus_per_node=2, rates=Rates(layer_host_s=0))
+CLUSTER = replace(DEVICES["H800"], gpus=8, gpus_per_node=2, rates=Rates(layer_host_s=0, forward_wait_s=0))
 CONFIG = Config(model=MODEL, training=TrainingConfig(seq_length=16384, global_batch=8))
 GIB = 2**30
 
