@@ -26,7 +26,7 @@ CUDNN_TILE = 128
 CUDNN_VERSION = 91501
 """From here on torch prefers cuDNN to flash (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of 2.11 to 2.13)."""
 CUDNN_ELEMENTS = 2**31
-"""Of q, where 32-bit offsets end; the largest that has run, 65,536 queries of 64 heads of 128, has a quarter of it."""
+"""Of q, k or v, where 32-bit offsets end; the largest q that has run, 65,536 queries of 64 heads of 128, has a quarter of it."""
 WHY = {
     "cudnn": "1.7 to 1.9 times flash on Hopper",
     "flash": "fused, scores never in memory",
@@ -215,8 +215,8 @@ def _cudnn_obstacle(q, k, v, causal: bool, least: int) -> str | None:
         return f"D={width} must be a multiple of 8 up to 128"
     if min(queries, keys) < least or queries % CUDNN_TILE or keys % CUDNN_TILE:
         return f"T={queries} and Tk={keys} must be multiples of {CUDNN_TILE}, at least {least}"
-    if q.numel() >= CUDNN_ELEMENTS:
-        return f"q {tuple(q.shape)} must have less than {CUDNN_ELEMENTS} elements"
+    if max(q.numel(), k.numel()) >= CUDNN_ELEMENTS:
+        return f"q {tuple(q.shape)} and k {tuple(k.shape)} must have less than {CUDNN_ELEMENTS} elements each"
     heads_first = (x.detach().transpose(1, 2) for x in (q, k, v))
     block = torch.backends.cuda.SDPAParams(*heads_first, None, 0.0, causal, q.shape[2] != k.shape[2])
     if not torch.backends.cuda.can_use_cudnn_attention(block):

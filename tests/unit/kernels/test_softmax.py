@@ -240,6 +240,8 @@ def fused_kernels(
         ({"dtype": torch.float32}, None),
         ({"queries": 2**18, "heads": 64}, "flash"),
         ({"queries": 2**17, "heads": 64}, "cudnn"),
+        ({"keys": 2**23}, "flash"),
+        ({"keys": 2**22}, "cudnn"),
         ({"implementation": "flash"}, "flash"),
         ({"implementation": "plain"}, None),
         ({"pack": True}, "flash"),
