@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that shows the kernels right and fast on this GPU: their unit tests on the GPU and the tests that need one, side by
-# side since they mostly wait for the compiler; a million tokens, which need the GPU alone; and a short benchmark (arguments go
+# side since they mostly wait for the compiler; those of large tensors, which need the GPU alone; and a short benchmark (arguments go
 # to it; `--sections ...`). PYTHON chooses the interpreter, default the checkout's environment. TESTS_ONLY=1: no benchmark.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -36,7 +36,7 @@ for width in D256 D128 D96 D64; do
         beside tests/gpu/test_lightning_widths.py -k "$width and $dtype"
     done
 done
-beside tests/gpu/test_lightning_attention.py -k "dense or mutants or offsets"
+beside tests/gpu/test_lightning_attention.py -k "dense or mutants"
 beside tests/gpu/test_lightning_attention.py -k packed
 beside tests/gpu/test_lightning_bits.py -k "alone or resumed or horizon"
 beside tests/gpu/test_lightning_bits.py -k "not (alone or resumed or horizon)"
@@ -47,8 +47,9 @@ beside tests/unit/kernels/test_triton_lightning.py -k "dense or widths or slopes
 beside tests/unit/kernels/test_triton_lightning.py -k "not (dense or widths or slopes)"
 beside tests/unit/kernels --ignore=tests/unit/kernels/test_triton_lightning.py
 finish
-echo "== a million tokens"
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True tests tests/gpu/test_lightning_million.py || failed+=("a million tokens")
+echo "== large tensors"
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True tests tests/gpu/test_lightning_million.py tests/gpu/test_lightning_attention.py \
+    -k "million or 31_bits" || failed+=("large tensors")
 if [[ -z "${TESTS_ONLY:-}" ]]; then
     echo "== benchmark"
     "$PYTHON" -m m1_kernels.benchmark --quick "$@" || failed+=("benchmark")
