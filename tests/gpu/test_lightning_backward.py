@@ -43,6 +43,20 @@ def test_error_is_that_of_rounding_the_results(spans, documents, dtype: torch.dt
 
 @pytest.mark.parametrize("time_major", [False, True])
 def test_rows_of_a_batch_have_the_bits_of_each_alone(spans, time_major: bool) -> None:
+    assert_rows_have_the_bits_of_each_alone(time_major)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("forward, save, parts", [(WHOLE, 512, 1), (512, 512, 1), (512, 512, 4)])
+def test_rows_in_spans_of_the_forward_sweep_and_dq(
+    forward: int, save: int, parts: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = _Plan(forward, save, WHOLE, whole, whole, forward_parts=parts)
+    monkeypatch.setattr(_Plan, "of", classmethod(lambda cls, call, strategy: plan))
+    assert_rows_have_the_bits_of_each_alone(False)
+
+
+def assert_rows_have_the_bits_of_each_alone(time_major: bool) -> None:
     rows = [make_inputs(TOKENS, HEADS, D, torch.bfloat16, layer=layer) for layer in (0, 40, 78)]
     rows = [replace(row, decay=rows[0].decay) for row in rows]
     batch = Inputs(
