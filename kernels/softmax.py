@@ -5,7 +5,12 @@ import itertools
 
 import torch
 from m1_kernels.checks import check_devices, document_edges
-from m1_kernels.softmax_blocks import longest_document, softmax_attention_backward, softmax_attention_forward
+from m1_kernels.softmax_blocks import (
+    check_shapes,
+    longest_document,
+    softmax_attention_backward,
+    softmax_attention_forward,
+)
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -138,15 +143,8 @@ class _ZeroPaddingGradient(torch.autograd.Function):
 
 
 def _check(q, k, v, cu_seqlens) -> None:
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q {tuple(q.shape)} must be [B, T, Hq, D] and k {tuple(k.shape)}, v {tuple(v.shape)} [B, Tk, Hkv, D]"
-        )
     check_devices({"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens})
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{k.shape[2]} key/value heads must divide {q.shape[2]} query heads")
-    if q.shape[1] > k.shape[1]:
-        raise ValueError(f"T={q.shape[1]} queries must not outnumber Tk={k.shape[1]} keys")
+    check_shapes(q, k, v, causal=True)
     if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[1] != k.shape[1]):
         raise ValueError(f"cu_seqlens needs B=1 and Tk=T, got q {tuple(q.shape)}, k {tuple(k.shape)}")
     if cu_seqlens is not None and (cu_seqlens.ndim != 1 or len(cu_seqlens) < 1):

@@ -12,7 +12,13 @@ from m1_kernels.checks import document_edges
 from m1_kernels.choice import Implementation, choose
 from torch import Tensor
 
-__all__ = ["longest_document", "merge_attention", "softmax_attention_backward", "softmax_attention_forward"]
+__all__ = [
+    "check_shapes",
+    "longest_document",
+    "merge_attention",
+    "softmax_attention_backward",
+    "softmax_attention_forward",
+]
 
 HALF = (torch.float16, torch.bfloat16)
 SCORES_AT_ONCE = 2**27
@@ -67,8 +73,12 @@ def softmax_attention_forward(
         "plain": matrix products in slabs of queries, on CUDA.
         Packs: flash, or document by document. Not cuDNN, whose varlen backward in torch 2.11 takes D for the longest document and
         writes out of bounds (pytorch pull request 186142); torch's own varlen_attn does not take it in 2.13 either.
-    Raises ValueError for an implementation that cannot run.
+    Without keys o is zero and lse -inf.
+    Raises ValueError for shapes that break the above and for an implementation that cannot run.
     """
+    check_shapes(q, k, v, causal=causal and cu_seqlens_q is None)
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), q.new_full(_lse_shape(q), -torch.inf, dtype=_computation_dtype(q))
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _dense_forward(q, k, v, scale, causal, implementation)
     if _varlen_flash(q, implementation):
@@ -103,6 +113,9 @@ def softmax_attention_backward(
     o, lse: of the query over ALL its keys, of which k, v may be a part: the block's probabilities are exp(scale q k^T - lse).
     do [B, T, Hq, D]: gradient of that o. The rest as for softmax_attention_forward.
     """
+    check_shapes(q, k, v, causal=causal and cu_seqlens_q is None)
+    if not q.numel() or not k.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _dense_backward(do, q, k, v, o, lse, scale, causal, implementation)
     if _varlen_flash(q, implementation):
@@ -120,6 +133,18 @@ def softmax_attention_backward(
             do[:, at], q[:, at], k[:, keys], v[:, keys], o[:, at], lse[:, :, at], scale, causal, implementation
         )
     return dq, dk, dv
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> None:
+    """Raises ValueError unless Hkv divides Hq and, if causal, there are at least as many keys as queries."""
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)} must be [B, T, Hq, D] and k {tuple(k.shape)}, v {tuple(v.shape)} [B, Tk, Hkv, D]"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key/value heads must divide {q.shape[2]} query heads")
+    if causal and q.shape[1] > k.shape[1]:
+        raise ValueError(f"T={q.shape[1]} queries must not outnumber Tk={k.shape[1]} keys")
 
 
 def merge_attention(o: Tensor, lse: Tensor, block_o: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -311,6 +311,31 @@ def test_implementations_that_cannot_run_are_refused(hopper) -> None:
         fused_kernels(dtype=torch.float32, implementation="flash")
 
 
+@pytest.mark.parametrize(
+    "queries, keys, message",
+    [
+        ((1, 4, 3, 8), (1, 4, 2, 8), "2 key/value heads must divide 3 query heads"),
+        ((1, 4, 2, 8), (1, 3, 2, 8), "T=4 queries must not outnumber Tk=3 keys"),
+        ((1, 4, 2, 8), (1, 4, 2, 16), r"q \(1, 4, 2, 8\) must be \[B, T, Hq, D\]"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(queries: tuple[int, ...], keys: tuple[int, ...], message: str) -> None:
+    q, k = torch.zeros(queries), torch.zeros(keys)
+    with pytest.raises(ValueError, match=message):
+        softmax_attention_forward(q, k, k, scale=SCALE, causal=True)
+    with pytest.raises(ValueError, match=message):
+        softmax_attention_backward(q, q, k, k, q, q[..., 0].mT, scale=SCALE, causal=True)
+
+
+@pytest.mark.parametrize("queries, keys", [(0, 0), (0, 5), (3, 0)])
+def test_blocks_without_queries_or_keys(queries: int, keys: int) -> None:
+    q, k = torch.ones(2, queries, 2, 8), torch.ones(2, keys, 2, 8)
+    o, lse = softmax_attention_forward(q, k, k, scale=SCALE, causal=False)
+    assert o.shape == q.shape and lse.shape == (2, 2, queries) and not o.any() and (lse == -torch.inf).all()
+    for x, gradient in zip((q, k, k), softmax_attention_backward(q, q, k, k, o, lse, scale=SCALE, causal=False)):
+        assert gradient.shape == x.shape and not gradient.any()
+
+
 def test_merging_into_rows_without_keys_takes_the_block() -> None:
     o, lse = torch.zeros(1, 3, 2, 4), torch.full((1, 2, 3), -torch.inf)
     block = torch.randn(1, 3, 2, 4), torch.randn(1, 2, 3)
