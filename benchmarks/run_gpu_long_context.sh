@@ -30,7 +30,7 @@ for part in "$@"; do
   case $part in
     any_rank_32k) any_rank 32k_512gpu 3 70 3 ;;
     layers) layers ;;
-    any_rank_1m) any_rank 1m_512gpu 2 150 1 ;;
+    any_rank_1m) any_rank 1m_512gpu 3 100 1 ;;
     *) echo "no part $part: any_rank_32k, layers, any_rank_1m" >&2; exit 2 ;;
   esac
 done

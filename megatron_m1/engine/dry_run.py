@@ -127,7 +127,7 @@ def _context(config: Config) -> str:
         asked, gathered = getattr(parallel, key), exchange.gathered_bytes / 2**20
         named[key] = exchange.method
         if asked == "auto":
-            named[key] += f" (auto: {gathered:.3g} MiB gathered a layer, limit {AUTO_RING_BYTES >> 20})"
+            named[key] += f" (auto: {gathered:.4g} MiB gathered a layer, limit {AUTO_RING_BYTES >> 20})"
     text = (
         f"context exchange: lightning states {named['context_lightning']}; keys and values {named['context_softmax']}"
     )

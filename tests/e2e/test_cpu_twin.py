@@ -12,6 +12,7 @@ CONFIGS = [
 ALONE = [
     f"--parallel.{name}=1" for name in ("pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "tensor")
 ]
+ALONE += ["--parallel.last_stage_layers", "null"]
 
 
 @pytest.mark.slow

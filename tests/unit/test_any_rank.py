@@ -27,6 +27,9 @@ from megatron_m1.model.build import build_model, routers
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 WORLD = 16
 MILLION = ("m1_456b", "m1_456b_1m_512gpu")
+EVEN = (
+    "--parallel.tensor 8 --parallel.pipeline 2 --parallel.virtual_pipeline 5 --parallel.last_stage_layers null".split()
+)
 TINY = (
     *("--config", "examples/configs/tiny_cpu.yaml", "--model.num_hidden_layers", "4", "--model.hidden_size", "64"),
     *("--model.attn_type_list", "[0,1,0,1]", "--model.vocab_size", "256", "--model.intermediate_size", "64"),
@@ -47,10 +50,11 @@ def test_distinct_ranks_of_the_presets():
     def ranks(*options: str) -> list[int]:
         return distinct_ranks(load_config(["--config", "examples/configs/m1_456b.yaml", *options]), 512)
 
-    # The middle of the first context-parallel group. TP 2, PP 4, CP 4: first, in the middle with as many softmax layers, last.
-    assert ranks("--config", "examples/configs/m1_456b_32k_512gpu.yaml") == [4, 128 + 4, 384 + 4]
-    # TP 8, PP 2, CP 32.
-    assert ranks("--config", "examples/configs/m1_456b_1m_512gpu.yaml") == [128, 256 + 128]
+    # The middle of the first context-parallel group. TP 2, PP 4, CP 2: first, in the middle with as many softmax layers, last.
+    assert ranks("--config", "examples/configs/m1_456b_32k_512gpu.yaml") == [2, 128 + 2, 384 + 2]
+    # TP 4, PP 4, CP 32: 2 softmax layers, 3, and the last.
+    assert ranks("--config", "examples/configs/m1_456b_1m_512gpu.yaml") == [64, 128 + 64, 384 + 64]
+    assert ranks("--config", "examples/configs/m1_456b_1m_512gpu.yaml", *EVEN) == [128, 256 + 128]
     # PP 8: first, those in the middle with one and with two softmax layers, last; PP 16: with one and with none.
     assert ranks() == [0, 64, 192, 448]
     assert ranks("--parallel.pipeline", "16") == [0, 32, 64, 480]
@@ -110,7 +114,7 @@ def test_a_rank_holds_what_is_predicted_and_trains(rank, options):
 def test_ranks_of_the_456b_layouts_hold_what_is_predicted(length, rank, layers):
     files = ("m1_456b", f"m1_456b_{length}_512gpu")
     options = [option for file in files for option in ("--config", f"examples/configs/{file}.yaml")]
-    config = bench_config(load_config(options), 512, 4)
+    config = bench_config(load_config(options + (EVEN if length == "1m" else [])), 512, 4)
     with fake_rank(rank, 512, config.parallel) as (groups, _):
         models = build_model(config, groups, device=torch.device("meta"))
         stage = groups.pp.rank()
@@ -255,7 +259,7 @@ def test_results_that_cannot_be_read_are_named(content, tmp_path, capsys):
 
 def test_ranks_of_another_tensor_rank(capsys):
     config = load_config([option for f in MILLION for option in ("--config", f"examples/configs/{f}.yaml")])
-    assert distinct_ranks(config, 512, tensor_rank=7) == [128 + 7, 256 + 128 + 7]
+    assert distinct_ranks(config, 512, tensor_rank=3) == [64 + 3, 128 + 64 + 3, 384 + 64 + 3]
     assert any_rank.main([*TINY, "--world-size", str(WORLD), "--tensor-rank", "2"]) == 2
     assert "--tensor-rank=2 must lie in 0..1" in capsys.readouterr().err
 
@@ -331,7 +335,7 @@ def test_rates_are_found_again_from_layers_and_ranks_that_have_them():
     ]
     found = fit_layers(rows, model, DEVICES["H200"])
     # Ranks that wait 50 ms for the host of every layer, and some that do not.
-    million = load_config([o for f in MILLION for o in ("--config", f"examples/configs/{f}.yaml")])
+    million = load_config([o for f in MILLION for o in ("--config", f"examples/configs/{f}.yaml")] + EVEN)
     ranks = []
     for whole, gpus in ((tiny(), WORLD), (million, 512)):
         version = {"kept_attention": whole is million, "cudnn_blocks": whole is million}

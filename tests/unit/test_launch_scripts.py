@@ -74,8 +74,8 @@ def test_456b_presets_are_complete_without_a_script(stage, micro_batches):
 @pytest.mark.parametrize(
     "launcher, nodes, length, tokens, theta, context",
     [
-        ("slurm", 32, "32k", 2**15, "1000000.0", 4),
-        ("torchrun", 64, "128k", 2**17, "5000000.0", 16),
+        ("slurm", 32, "32k", 2**15, "1000000.0", 1),
+        ("torchrun", 64, "128k", 2**17, "5000000.0", 8),
         ("slurm", 32, "512k", 2**19, "10000000.0", 16),
         ("torchrun", 32, "1m", 2**20, "10000000.0", 32),
         ("slurm", 64, "1m", 2**20, "10000000.0", 32),
@@ -305,9 +305,10 @@ def test_presets_are_valid(name, world_size):
 # What the twin has smaller than the preset: on or off (group sizes: above 1 or not) as there.
 SIZES = (
     "model.vocab_size model.hidden_size model.num_hidden_layers model.num_attention_heads model.num_key_value_heads model.head_dim "
-    "model.intermediate_size model.num_local_experts model.rotary_dim parallel.virtual_pipeline parallel.context parallel.expert "
-    "parallel.timeout_s training.steps training.global_batch training.seq_length optimizer.lr schedule.warmup_steps data.num_workers "
-    "evaluation.every_steps checkpoint.save checkpoint.every_steps checkpoint.keep logging.dir logging.layer_stats_every_steps"
+    "model.intermediate_size model.num_local_experts model.rotary_dim parallel.pipeline parallel.last_stage_layers parallel.context "
+    "parallel.expert parallel.timeout_s training.steps training.global_batch training.seq_length optimizer.lr schedule.warmup_steps "
+    "data.num_workers evaluation.every_steps checkpoint.save checkpoint.every_steps checkpoint.keep logging.dir "
+    "logging.layer_stats_every_steps"
 ).split()
 # What it has otherwise: bf16 would be slow; eight processes would be many; its data are drawn.
 OTHERWISE = (

@@ -41,7 +41,7 @@ def test_one_layout_of_the_released_model_in_detail():
         *("--gpus", "512", "--layout", "config", "--json"),
     )
     (found,) = json.loads(own.stdout)
-    assert found["layout"] == "8/2/32/32/1/5" and found["recompute"] == "full"
+    assert found["layout"] == "4/4/32/32/1/1/14" and found["recompute"] == "full"
     modes = list(found["activation_bytes"].values())
     assert len(modes) == 5 and modes == sorted(modes, reverse=True)
     refused = plan("--gpus", "64", *layout[2:])

@@ -77,14 +77,14 @@ def test_the_reserve_and_the_margin_count(capsys, monkeypatch):
 
 def test_says_how_context_ranks_exchange(capsys):
     text = report(capsys, "", "_1m_512gpu")
-    # 2 x 31 states of 8 heads; K and V of 2^20 tokens, one head of 128 a rank.
+    # 2 x 31 states of 16 heads; K and V of 2^20 tokens, two heads of 128 a rank.
     assert (
-        "lightning states all_gather (auto: 31 MiB gathered a layer, limit 64); keys and values ring (auto: 512 MiB"
+        "lightning states all_gather (auto: 62 MiB gathered a layer, limit 64); keys and values ring (auto: 1024 MiB"
         in text
     )
     fixed = ["--parallel.context_lightning=ring", "--parallel.context_softmax=all_gather"]
     text = report(capsys, "", "_1m_512gpu", options=[*fixed, "--parallel.context_layout=document"])
-    assert "lightning states ring; keys and values all_gather; every document of a sequence has 1 MiB of states" in text
+    assert "lightning states ring; keys and values all_gather; every document of a sequence has 2 MiB of states" in text
     assert "context exchange" not in report(capsys, "")
 
 

@@ -168,6 +168,7 @@ def with_method(config, method):
 def test_states_of_many_documents():
     """512 a head and lightning layer where all of 256 documents cross all borders of 32 ranks; two where the pack is cut as a whole."""
     million = ["--config", f"{CONFIGS}/m1_456b.yaml", "--config", f"{CONFIGS}/m1_456b_1m_512gpu.yaml"]
+    million += "--parallel.tensor=8 --parallel.pipeline=2 --parallel.virtual_pipeline=5 --parallel.last_stage_layers=null".split()
     document = load_config([*million, "--parallel.context_layout=document", "--training.recompute=none"])
     pack = load_config([*million, "--training.recompute=none"])
     one, many, cut = (

@@ -17,8 +17,6 @@ CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
 LENGTHS = {"32k": 2**15, "128k": 2**17, "512k": 2**19, "1m": 2**20}
 MARGIN = 0.025
 """A preset may be slower than the first by this, of estimates that are right to 5%; its file then says so."""
-MEASURED = {("1m", 512): 0.09}
-"""The same of presets that stay because ranks of theirs were measured, and none of the first's."""
 
 
 def preset(length: str, gpus: int) -> tuple[Config, Cluster]:
@@ -30,7 +28,7 @@ def preset(length: str, gpus: int) -> tuple[Config, Cluster]:
 def near(config: Config, cluster: Cluster) -> list[Plan]:
     """The layouts that fit of those that were ever among the first: the whole search takes seconds."""
     found = []
-    for tensor, pipeline, chunks, last in itertools.product((2, 4, 8), (2, 4), (1, 5), (None, 8, 11, 14, 35)):
+    for tensor, pipeline, chunks, last in itertools.product((2, 4, 8), (2, 4), (1, 4, 5), (None, 8, 11, 14, 35)):
         for context, expert_tensor in itertools.product((1, 2, 4, 8, 16, 32, 64), (1, tensor)):
             tokens = config.training.seq_length // context
             if cluster.gpus % (tensor * pipeline * context) or tokens < 8192:
@@ -57,7 +55,7 @@ def test_preset_is_the_planners_answer(length, gpus, every_layout):
     assert chosen.recompute != "selective" or config.training.recompute_modules == chosen.recompute_modules
     first = (search(config, cluster).plans if every_layout else near(config, cluster))[0]
     name = layout_name(first.config.parallel)
-    assert ours.time.total <= (1 + MEASURED.get((length, gpus), MARGIN)) * first.time.total, name
+    assert ours.time.total <= (1 + MARGIN) * first.time.total, name
     text = (CONFIGS / f"m1_456b_{length}_{gpus}gpu.yaml").read_text()
     is_first = layout_name(ours.config.parallel) == name
     assert ("It is what this prints first:" in text) == is_first
