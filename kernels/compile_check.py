@@ -1,7 +1,7 @@
 """Compile every Triton kernel for GPUs that need not be there: `python -m m1_kernels.compile_check [--targets 80 90 100]`.
 
 Prints registers, bytes of stack, shared memory and, of the innermost loops that hold matrix products, the matrix
-instructions and the spilled accesses. Exits with 1 if such loops spill (more than `SPILLING` allows), if a kernel without one spills at all,
+instructions and the spilled accesses. Exits with 1 if such loops spill more than SPILLING allows, if a kernel without one spills at all,
 if a kernel needs more shared memory than a block can have, or if on sm_90 the compiler waits for every matrix instruction
 (it then says so nowhere, and the kernel runs at half speed). `--all` takes every variant of lightning attention's kernels
 that can be launched, some hundreds, in place of the largest.
