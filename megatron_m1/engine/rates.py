@@ -23,8 +23,8 @@ class Rates:
     grouped_small_tflops: float = 410.0
     """The same with 256 rows an expert, measured 410-450."""
     softmax_tflops: float = 540.0
-    """Causal attention in one kernel, forward, fitted to 8,192 to 262,144 tokens; over 524,288 and more it does 445, the rate backward
-    remains."""
+    """Causal attention in one kernel, forward, fitted to 8,192 to 262,144 tokens; over 524,288 and more it does 445, which the rate
+    backward, not lower there, makes up for."""
     softmax_backward_tflops: float = 488.0
     """Fitted."""
     softmax_context: float = 0.93
@@ -54,7 +54,7 @@ class Rates:
     cause: nothing of the kind shows in backward passes."""
     layer_host_s: float = 0.0235
     """Seconds in which the host queues one layer, forward and backward: what a micro-batch's layer takes at least, communication
-    included. 0: the host is always in time. Of a rank of 40 layers with 2,048 tokens each; it depends on the machine (30 ms where other
+    included. 0: the host is always in time. Of a rank of 40 layers and 2,048 tokens; it depends on the machine (30 ms where other
     processes ran), and CUDA graphs would lower it."""
     calibration: str = (
         "rates fitted on one H200: 41 single layers alone to 6% (median 2%), 4 whole ranks without communication, some of the rates "
