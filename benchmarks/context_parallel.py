@@ -58,7 +58,7 @@ TINY = (
     *("--model.vocab_size", "512", "--model.hidden_size", "64", "--model.num_hidden_layers", "4"),
     *("--model.attn_type_list", "[0,0,0,1]", "--model.num_attention_heads", "2", "--model.num_key_value_heads", "1"),
     *("--model.head_dim", "16", "--model.intermediate_size", "64", "--model.num_local_experts", "4"),
-    *("--parallel.pipeline", "1", "--parallel.virtual_pipeline", "1", "--parallel.expert", "1"),
+    *("--parallel.pipeline", "1", "--parallel.last_stage_layers", "null", "--parallel.expert", "1"),
     *("--training.steps", "1", "--training.global_batch", "1", "--training.recompute", "none"),
     *("--data.document_boundaries", "ignore", "--data.valid", "[]", "--data.num_workers", "0"),
     *("--checkpoint.save", "null", "--checkpoint.every_steps", "0", "--logging.layer_stats_every_steps", "0"),
