@@ -27,7 +27,9 @@ LAYER = {"gated_rms_norm", "swiglu"}
 OVER_RANKS = LAYER | {"lightning_attention", "lightning_attention_read", "lightning_attention_state"}
 
 
-def train(rank: int, world: int, parallel: dict, auto: str, strategy: str) -> tuple[set[str], set[str], RankResult]:
+def train(
+    rank: int, world: int, parallel: dict, auto: str, strategy: str, precision: str = "fp32", head_dim: int = 16
+) -> tuple[set[str], set[str], RankResult]:
     """(operators whose Triton implementation ran, with which strategies, one training step) where `auto` may take the implementation
     of that name alone."""
     calls: Counter[str] = Counter()
@@ -39,10 +41,10 @@ def train(rank: int, world: int, parallel: dict, auto: str, strategy: str) -> tu
             strategies.update({options["strategy"]} if "strategy" in options else ())
             return chosen.run(*args, **options)
 
-        return replace(chosen, run=run, auto_on=("cpu",))
+        return replace(chosen, run=run, auto_on=("cpu", "cuda"))
 
-    config = equality_config(parallel, {"global_batch": 2, "lightning_strategy": strategy})
-    config.model.head_dim = 16  # the least of the Triton kernels
+    config = equality_config(parallel, {"global_batch": 2, "lightning_strategy": strategy}, precision=precision)
+    config.model.head_dim = head_dim  # 16 is the least of the Triton kernels
     with contextlib.ExitStack() as stack:
         for operator, table in TABLES.items():
             others = {name: replace(other, auto_on=()) for name, other in table.items()}
