@@ -314,12 +314,16 @@ def predict_again(file: Path) -> None:
     for row in measured:
         modelled = row["modelled"]
         links = Cluster(**modelled["links"] | {"rates": Rates()})
-        version = {name: results.setdefault(name, False) for name in ("kept_attention", "cudnn_blocks")}
-        row["predicted"] = prediction(config, row["stage"], replace(device, gpus=links.gpus), **version)
+        row["predicted"] = prediction(config, row["stage"], replace(device, gpus=links.gpus), **version_of(results))
         modelled["links"] = asdict(links)
         for part in ("forward_backward", "update"):
             modelled[part] = modelled_again(modelled[part], config.parallel, links.gpus, links)
     write(file, results)
+
+
+def version_of(result: dict[str, Any]) -> dict[str, bool]:
+    """What `stage_seconds` is told of the version that was measured; a result that does not say, and then does, is older than both."""
+    return {name: result.setdefault(name, False) for name in ("kept_attention", "cudnn_blocks")}
 
 
 def stored_config(results: dict[str, Any]) -> Config:

@@ -39,7 +39,7 @@ from megatron_m1.config.schema import ModelConfig, ParallelConfig, TrainingConfi
 
 platform.setup()
 
-from benchmarks.any_rank import device_kind, environment, now, stored_device, why, write  # noqa: E402
+from benchmarks.any_rank import device_kind, environment, now, stored_device, version_of, why, write  # noqa: E402
 from benchmarks.fake_ranks import (  # noqa: E402
     RECEIVED_STD,
     Arrivals,
@@ -268,8 +268,7 @@ def predict_again(file: Path, *, experts: int, cluster: Cluster) -> None:
             continue
         point = Point(**row["point"])
         config, gpus = layer_config(point, model, experts), world_of(point, experts)
-        version = {name: row.setdefault(name, False) for name in ("kept_attention", "cudnn_blocks")}
-        row["estimated_s"] = estimate(config, replace(device, gpus=gpus), **version)
+        row["estimated_s"] = estimate(config, replace(device, gpus=gpus), **version_of(row))
         row["communication"] = modelled_again(row["communication"], config.parallel, gpus, replace(cluster, gpus=gpus))
     write(file, results)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.any_rank import stored_config, work_seconds
+from benchmarks.any_rank import stored_config, version_of, work_seconds
 from benchmarks.long_context import Point, estimate, is_warm, layer_config, world_of
 from megatron_m1.config import Config
 from megatron_m1.config.schema import ModelConfig
@@ -176,12 +176,7 @@ def _terms(row: dict[str, Any], model: ModelConfig, device: Cluster) -> dict[str
     """Estimated work of a layer, as it was when `row` was measured."""
     point = Point(**row["point"])
     config, gpus = layer_config(point, model, EXPERTS), world_of(point, EXPERTS)
-    return estimate(config, replace(device, gpus=gpus), **_version(row))
-
-
-def _version(result: dict[str, Any]) -> dict[str, bool]:
-    """What `stage_seconds` is told of the version that was measured."""
-    return {name: result.get(name, False) for name in ("kept_attention", "cudnn_blocks")}
+    return estimate(config, replace(device, gpus=gpus), **version_of(row))
 
 
 def _least_squares(equations: list[tuple[list[float], float]]) -> list[float]:
@@ -222,7 +217,7 @@ class _Rank:
 
 def _ranks(results: list[dict[str, Any]], device: Cluster) -> Iterator[_Rank]:
     for result in results:
-        config, version = stored_config(result), _version(result)
+        config, version = stored_config(result), version_of(result)
         parallel, types = config.parallel, config.model.layer_types()
         # A number of GPUs that the layout divides: the work of a rank does not depend on it.
         gpus = parallel.tensor * parallel.pipeline * parallel.context * parallel.expert

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from m1_kernels.softmax_blocks import check_shapes
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -61,8 +62,7 @@ def ring_attention(
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must begin with the layout's [{rows}, {layout.local_tokens}]"
         )
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{k.shape[2]} key/value heads must divide {q.shape[2]} query heads")
+    check_shapes(q, k, v, causal=True)
     again = torch.is_grad_enabled()
     return _Attention.apply(q, k, v, _Call(METHODS[method], scale, group, layout, traffic or Traffic()), kept, again)
 
