@@ -49,7 +49,7 @@ def _computes(case: Case) -> str:
     """Equal for launches whose loops hold the same products."""
     _, kernel, _, constants, _ = case
     transposed = constants.get("D") == M1_DIM and constants.get("TRANSPOSED")
-    return f"{kernel.__name__} {[constants.get(name) for name in ('REVERSE', 'HALVES')]} {transposed}"
+    return f"{kernel.__name__} {[constants.get(name) for name in ('REVERSE', 'HALVES', 'SILU_BACKWARD')]} {transposed}"
 
 
 def _features(case: Case) -> int:
@@ -81,7 +81,8 @@ def _run(dim: int, dtype: torch.dtype, plan: _Plan, *, packed: bool, stateful: b
     _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=stateful)
     call.zero_padding(torch.empty(*x.shape[:3], 3 * dim, dtype=dtype))
     if saving:
-        triton_attention._backward(call, plan, x, x, x, x, state, x, x, x, state, states)
+        for silu_inputs in (None, (x, x, x)) if call.specialised else (None,):
+            triton_attention._backward(call, plan, x, x, x, x, state, x, x, x, state, states, silu_inputs)
 
 
 @contextmanager
@@ -123,7 +124,7 @@ def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind:
     }
     label = "specialised " if kernel.is_gluon() else ""
     notes = ["whole"] if constants.get("HALVES") == 2 else []
-    notes += [name.lower() for name in ("REVERSE", "TRANSPOSED", "SAVING", "LEAVING", "INITIAL") if constants.get(name)]
+    notes += [name.lower() for name in ("REVERSE", "TRANSPOSED", "SAVING", "LEAVING", "INITIAL", "SILU_BACKWARD") if constants.get(name)]
     notes += [f"entry {constants['ENTRY']}"] if constants.get("ENTRY") else []
     notes += ["packed"] if constants.get("VARLEN") else []
     notes += ["all tokens"] if constants.get("HORIZON") is False else []

@@ -4,14 +4,24 @@
 
 Four partitions of four warps meet at barriers in shared memory:
 
-    _keep   two, with 64 rows of T each in registers: round it into shared memory, add the chunk; load q and do, or k and v
+    _keep   two, with 64 rows of T each in registers: round it into shared memory, add the chunk; load q or do
     _grad   dv_j = sum_{i >= j} e^{-s(i-j)} (k_j . q_i) do_i, and dk_j with (v_j . do_i) q_i: scores stay in registers
 
-k is read by dv alone and v by dk alone, so that their results leave from their tiles. A program has one head and one span; what
-is computed, and rounded where, is that of two sweeps of `triton_lightning`, whose chunks are as long.
+k is read by dv alone and v by dk alone, which load them, and whose results leave from their tiles. A program has one head and one
+span; what is computed, and rounded where, is that of two sweeps of `triton_lightning`, whose chunks are as long.
 """
 
-from m1_kernels.gluon_lightning import LOG2_E, ROWWISE, _document, _parts, _places, _store_rows, _zero_rows
+from m1_kernels.gluon_lightning import (
+    LOG2_E,
+    ROWWISE,
+    _document,
+    _fetch,
+    _parts,
+    _places,
+    _silu_backward,
+    _store_rows,
+    _zero_rows,
+)
 from m1_kernels.triton_lightning import _border, _span, _within
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,16 +34,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 __all__ = ()
-
-
-@gluon.jit
-def _load(given, stage, t, needed):
-    """Tiles of the chunk at token t, two of the four that its barrier counts."""
-    A, B_, a_tiles, b_tiles, loaded, row, h = given
-    bar = loaded.index(stage)
-    mbarrier.expect(bar, A.block_type.nbytes + B_.block_type.nbytes, pred=needed)
-    tma.async_copy_global_to_shared(A, [row, t, h, 0], bar, a_tiles.index(stage), pred=needed)
-    tma.async_copy_global_to_shared(B_, [row, t, h, 0], bar, b_tiles.index(stage), pred=needed)
 
 
 @gluon.jit
@@ -51,7 +51,8 @@ def _keep(
 ):
     q_tiles, do_tiles, rounded, departs, entry, entered, left, ends = kept
     loaded, free, written, read = bars
-    s, start, tokens, chunks = sizes
+    X, x_tiles = load
+    s, row, start, h, tokens, chunks = sizes
     ROWS: gl.constexpr = D // 2
     FIRST: gl.constexpr = HALF * ROWS
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -84,7 +85,7 @@ def _keep(
         needed = (c > 0) & (c - 1 + STAGES < chunks)
         place = gl.where(stage == 0, STAGES - 1, stage - 1)
         mbarrier.wait(free.index(place), phase ^ (stage == 0).to(gl.int32), pred=needed)
-        _load(load, place, start + t - (STAGES - 1) * C, needed)
+        _fetch(X, loaded.index(place), row, start + t - (STAGES - 1) * C, h, 0, x_tiles.index(place), needed)
         state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(free.index(stage), count=1)
         phase = phase ^ (stage == STAGES - 1).to(gl.int32)
@@ -98,6 +99,7 @@ def _keep(
 def _grad(
     Out,
     out_rows,
+    load,
     tiles,
     bars,
     sizes,
@@ -105,14 +107,18 @@ def _grad(
     D: gl.constexpr,
     TURNED: gl.constexpr,
     VARLEN: gl.constexpr,
+    SILU_BACKWARD: gl.constexpr,
     STAGES: gl.constexpr,
+    OWN_STAGES: gl.constexpr,
 ):
     """out_j = sum_{i >= j} e^{-s(i-j)} (a_j . b_i) v_i, through the tiles of a. TURNED: the state is read transposed."""
-    a_tiles, b_tiles, v_tiles, rounded = tiles
+    A, X, a_tiles, x_tile, arrived, fetched = load
+    b_tiles, v_tiles, rounded = tiles
     loaded, free, written, read = bars
     s, row, start, h, tokens, chunks, stride_ot = sizes
     of_scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    of_half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D // 2, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     dtype: gl.constexpr = a_tiles.dtype
     no_scores = gl.zeros([C, C], gl.float32, of_scores)
@@ -122,11 +128,14 @@ def _grad(
         state = rounded.permute((1, 0))
     stage = 0
     phase = 0
+    own_stage = 0
+    own_phase = 0
     for c in range(chunks):
         t = (chunks - 1 - c) * C
         n = gl.minimum(tokens - t, C)
+        mbarrier.wait(arrived.index(own_stage), own_phase)
         mbarrier.wait(loaded.index(stage), phase)
-        a = a_tiles.index(stage).reshape([C, D])
+        a = a_tiles.index(own_stage).reshape([C, D])
         b = b_tiles.index(stage).reshape([C, D])
         v = v_tiles.index(stage).reshape([C, D])
         scores = warpgroup_mma(a, b.permute((1, 0)), no_scores, use_acc=False, is_async=True)
@@ -134,7 +143,9 @@ def _grad(
         out = warpgroup_mma(a, state, nothing, use_acc=False, is_async=True)
         # The result of the chunk before has left its tile.
         tma.store_wait(0)
-        mbarrier.arrive(free.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=c > 0)
+        place = gl.where(own_stage == 0, OWN_STAGES - 1, own_stage - 1)
+        needed = (c > 0) & (c - 1 + OWN_STAGES < chunks)
+        _fetch(A, arrived.index(place), row, start + t - (OWN_STAGES - 1) * C, h, 0, a_tiles.index(place), needed)
         scores = warpgroup_mma_wait(1, deps=[scores])
         # Computed anew with each chunk, behind an opaque zero: there is no room for 32 registers all along.
         j = (gl.arange(0, C, layout=gl.SliceLayout(1, of_scores)) + n // 2**30).to(gl.float32)
@@ -148,15 +159,32 @@ def _grad(
         out = out * gl.exp2(-s * gl.maximum(n - 1 - rows, 0).to(gl.float32))[:, None]
         out = warpgroup_mma(scores, v, out, is_async=True)
         out = warpgroup_mma_wait(0, deps=[out])
-        a.store(out.to(dtype))
+        mbarrier.arrive(free.index(stage), count=1)
+        if SILU_BACKWARD:
+            mbarrier.wait(fetched, c & 1)
+            # In two halves of the channels, to have fewer registers of x at a time.
+            x = x_tile.reshape([C, D])
+            left, right = out.reshape([C, 2, D // 2]).permute((0, 2, 1)).split()
+            left = gl.convert_layout(left, of_half, assert_trivial=True)
+            right = gl.convert_layout(right, of_half, assert_trivial=True)
+            left = _silu_backward(left, x.slice(0, D // 2, dim=1).load(of_half))
+            a.slice(0, D // 2, dim=1).store(left.to(dtype))
+            right = _silu_backward(right, x.slice(D // 2, D // 2, dim=1).load(of_half))
+            a.slice(D // 2, D // 2, dim=1).store(right.to(dtype))
+        else:
+            a.store(out.to(dtype))
         full = True
         if VARLEN:
             full = n == C
             if n < C:
                 _store_rows(out_rows, a.load(ROWWISE), start + t, n, stride_ot)
+        fence_async_shared()
         if full:
-            fence_async_shared()
-            tma.async_copy_shared_to_global(Out, [row, start + t, h, 0], a_tiles.index(stage))
+            tma.async_copy_shared_to_global(Out, [row, start + t, h, 0], a_tiles.index(own_stage))
+        if SILU_BACKWARD:
+            _fetch(X, fetched, row, start + t - C, h, 0, x_tile, c + 1 < chunks)
+        own_phase = own_phase ^ (own_stage == OWN_STAGES - 1).to(gl.int32)
+        own_stage = gl.where(own_stage == OWN_STAGES - 1, 0, own_stage + 1)
         phase = phase ^ (stage == STAGES - 1).to(gl.int32)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     tma.store_wait(0)
@@ -175,6 +203,8 @@ def reverse_sweep(
     stride_ob,
     stride_ot,
     stride_oh,
+    KRaw,
+    VRaw,
     Slopes,
     Cu,
     Entry,
@@ -190,9 +220,13 @@ def reverse_sweep(
     VARLEN: gl.constexpr,
     ENTRY: gl.constexpr,
     LEAVING: gl.constexpr,
+    SILU_BACKWARD: gl.constexpr,
     STAGES: gl.constexpr,
+    OWN_STAGES: gl.constexpr,
 ):
     """dk and dv of one head and span. Grid: spans * H.
+
+    SILU_BACKWARD: times the derivative of SiLU at KRaw and VRaw. STAGES: of q and do; OWN_STAGES: of k and v.
 
     All descriptors have blocks [1, C, 1, D]. DKRows, DVRows: the tensors behind DK and DV, with the same strides, for chunks that
     are not full. SEGMENT is a multiple of C, and of SPACING, the tokens between States. Entry, States, Left, ENTRY and LEAVING
@@ -238,9 +272,14 @@ def reverse_sweep(
     chunks = gl.cdiv(tokens, C)
 
     q_tiles = gl.allocate_shared_memory(Q.dtype, [STAGES] + Q.block_type.shape, Q.layout)
-    k_tiles = gl.allocate_shared_memory(K.dtype, [STAGES] + K.block_type.shape, K.layout)
-    v_tiles = gl.allocate_shared_memory(V.dtype, [STAGES] + V.block_type.shape, V.layout)
     do_tiles = gl.allocate_shared_memory(DO.dtype, [STAGES] + DO.block_type.shape, DO.layout)
+    k_tiles = gl.allocate_shared_memory(K.dtype, [OWN_STAGES] + K.block_type.shape, K.layout)
+    v_tiles = gl.allocate_shared_memory(V.dtype, [OWN_STAGES] + V.block_type.shape, V.layout)
+    k_raw = k_tiles.index(0)
+    v_raw = v_tiles.index(0)
+    if SILU_BACKWARD:
+        k_raw = gl.allocate_shared_memory(K.dtype, K.block_type.shape, K.layout)
+        v_raw = gl.allocate_shared_memory(V.dtype, V.block_type.shape, V.layout)
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     rounded = gl.allocate_shared_memory(Q.dtype, [D, D], square)
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -249,18 +288,32 @@ def reverse_sweep(
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_arrived = gl.allocate_shared_memory(gl.int64, [OWN_STAGES, 1], mbarrier.MBarrierLayout())
+    v_arrived = gl.allocate_shared_memory(gl.int64, [OWN_STAGES, 1], mbarrier.MBarrierLayout())
+    k_fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    v_fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=2)
         mbarrier.init(free.index(stage), count=4)
+    for stage in gl.static_range(OWN_STAGES):
+        mbarrier.init(k_arrived.index(stage), count=1)
+        mbarrier.init(v_arrived.index(stage), count=1)
     mbarrier.init(written, count=2)
     mbarrier.init(read, count=2)
+    mbarrier.init(k_fetched, count=1)
+    mbarrier.init(v_fetched, count=1)
     departs.store(gl.exp2(-s * (gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])) + 1).to(gl.float32)))
     fence_async_shared()
-    load_queries = (Q, DO, q_tiles, do_tiles, loaded, row, h)
-    load_keys = (K, V, k_tiles, v_tiles, loaded, row, h)
+    last = start + (chunks - 1) * C
     for stage in gl.static_range(STAGES):
-        _load(load_queries, stage, start + (chunks - 1 - stage) * C, stage < chunks)
-        _load(load_keys, stage, start + (chunks - 1 - stage) * C, stage < chunks)
+        _fetch(Q, loaded.index(stage), row, last - stage * C, h, 0, q_tiles.index(stage), stage < chunks)
+        _fetch(DO, loaded.index(stage), row, last - stage * C, h, 0, do_tiles.index(stage), stage < chunks)
+    for stage in gl.static_range(OWN_STAGES):
+        _fetch(K, k_arrived.index(stage), row, last - stage * C, h, 0, k_tiles.index(stage), stage < chunks)
+        _fetch(V, v_arrived.index(stage), row, last - stage * C, h, 0, v_tiles.index(stage), stage < chunks)
+    if SILU_BACKWARD:
+        _fetch(KRaw, k_fetched, row, last, h, 0, k_raw, chunks > 0)
+        _fetch(VRaw, v_fetched, row, last, h, 0, v_raw, chunks > 0)
     if VARLEN:
         n = tokens - (chunks - 1) * C
         if (chunks > 0) & (n < C):
@@ -270,17 +323,19 @@ def reverse_sweep(
             fence_async_shared()
 
     bars = (loaded, free, written, read)
-    of_dv = (k_tiles, q_tiles, do_tiles, rounded)
-    of_dk = (v_tiles, do_tiles, q_tiles, rounded)
+    of_dv = (q_tiles, do_tiles, rounded)
+    of_dk = (do_tiles, q_tiles, rounded)
+    keys = (K, VRaw, k_tiles, v_raw, k_arrived, v_fetched)
+    values = (V, KRaw, v_tiles, k_raw, v_arrived, k_fetched)
     of_rows = (s, row, start, h, tokens, chunks, stride_ot)
     kept = (q_tiles, do_tiles, rounded, departs, entry, entered, left, is_first)
-    of_state = (s, start, tokens, chunks)
+    of_state = (s, row, start, h, tokens, chunks)
     gl.warp_specialize(
         [
-            (_grad, (DV, dv_rows, of_dv, bars, of_rows, C, D, True, VARLEN, STAGES)),
-            (_grad, (DK, dk_rows, of_dk, bars, of_rows, C, D, False, VARLEN, STAGES)),
-            (_keep, (load_queries, kept, bars, of_state, C, D, 0, ENTRY, LEAVING, STAGES)),
-            (_keep, (load_keys, kept, bars, of_state, C, D, 1, ENTRY, LEAVING, STAGES)),
+            (_grad, (DV, dv_rows, keys, of_dv, bars, of_rows, C, D, True, VARLEN, SILU_BACKWARD, STAGES, OWN_STAGES)),
+            (_grad, (DK, dk_rows, values, of_dk, bars, of_rows, C, D, False, VARLEN, SILU_BACKWARD, STAGES, OWN_STAGES)),
+            (_keep, ((Q, q_tiles), kept, bars, of_state, C, D, 0, ENTRY, LEAVING, STAGES)),
+            (_keep, ((DO, do_tiles), kept, bars, of_state, C, D, 1, ENTRY, LEAVING, STAGES)),
         ],
         [4, 4, 4],
         [128, 128, 128],

@@ -171,6 +171,16 @@ def _parts(x, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _silu_backward(gradient, x):
+    """gradient * d silu(x) / dx, float32; one multi-function operation for the reciprocal and no range checks, 1 + inf included."""
+    x = x.to(gl.float32)
+    share = gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + gl.exp2(-LOG2_E * x)], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return gradient * (share * (1.0 + x * (1.0 - share)))
+
+
+@gluon.jit
 def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
     """Offsets of a state [BV, D] in memory, value channels from e on, whose value channels are `across` (1 or D) apart.
 
@@ -183,6 +193,13 @@ def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.const
 
 
 @gluon.jit
+def _fetch(X, bar, row, t, h, e, tile, needed):
+    """The tile of X at token t and channel e, alone on its barrier."""
+    mbarrier.expect(bar, X.block_type.nbytes, pred=needed)
+    tma.async_copy_global_to_shared(X, [row, t, h, e], bar, tile, pred=needed)
+
+
+@gluon.jit
 def _advance(
     given,
     HALF: gl.constexpr,
@@ -192,11 +209,12 @@ def _advance(
     ENTRY: gl.constexpr,
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
+    SILU_BACKWARD: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    Out, out_rows, stride_ot, entry, entered, saved, left, across, ends, states_stride = given[0]
-    a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free = given[1]
+    Out, out_rows, stride_ot, X, entry, entered, saved, left, across, ends, states_stride = given[0]
+    a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched = given[1]
     s, row, start, h, e, tokens, chunks, SAVE = given[2]
     of_state: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
@@ -213,6 +231,9 @@ def _advance(
     if ENTRY:
         if entered:
             state = gl.load(entry + _places(e, across, 0, D, BV, of_state))
+    if SILU_BACKWARD:
+        # x comes where the result is to leave from.
+        _fetch(X, fetched.index(HALF * 2), row, start, h, e, out_tiles.index(HALF * 2), chunks > 0)
     # One loop for all chunks, or from state to state that is saved: a branch in it costs a tenth of the sweep.
     every = gl.maximum(chunks, 1)
     if SAVING:
@@ -257,12 +278,24 @@ def _advance(
             state = state * gl.exp2(-s * n)
             state = warpgroup_mma(leading, b, state, is_async=True)
             state = warpgroup_mma(trailing, b, state, is_async=True)
+            place = HALF * 2 + c % 2
+            tile = out_tiles.index(place)
+            turned = tile.reshape([C, BV]).permute((1, 0))
+            if SILU_BACKWARD:
+                tma.store_wait(0)
+                following = HALF * 2 + (c + 1) % 2
+                _fetch(
+                    X, fetched.index(following), row, start + t + C, h, e, out_tiles.index(following), c + 1 < chunks
+                )
             past, within = warpgroup_mma_wait(2, deps=[past, within])
             read = reads.load(gl.SliceLayout(0, of_out))
-            out = (past * read[None, :] + within).to(dtype)
-            tile = out_tiles.index(HALF * 2 + c % 2)
-            tma.store_wait(1)
-            tile.reshape([C, BV]).permute((1, 0)).store(out)
+            out = past * read[None, :] + within
+            if SILU_BACKWARD:
+                mbarrier.wait(fetched.index(place), (c // 2) & 1)
+                out = _silu_backward(out, turned.load(of_out))
+            else:
+                tma.store_wait(1)
+            turned.store(out.to(dtype))
             if n == C:
                 fence_async_shared()
                 tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
@@ -286,6 +319,7 @@ def sweep(
     stride_ob,
     stride_ot,
     stride_oh,
+    X,
     Slopes,
     Cu,
     Entry,
@@ -306,12 +340,14 @@ def sweep(
     ENTRY: gl.constexpr,
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
+    SILU_BACKWARD: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """As `triton_lightning.sweep`, forward. Grid: spans * H * D / BV / HALVES.
 
     HALVES: 2 has all value channels in one program, else 1.
+    SILU_BACKWARD: out is multiplied by the derivative of SiLU at X, a descriptor like Out.
     """
     BLOCKS: gl.constexpr = D // (BV * HALVES)
     pid = gl.program_id(0)
@@ -367,6 +403,9 @@ def sweep(
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     scored = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    fetched = gl.allocate_shared_memory(gl.int64, [2 * HALVES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(2 * HALVES):
+        mbarrier.init(fetched.index(place), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(scored.index(stage), count=1)
@@ -374,8 +413,8 @@ def sweep(
     fence_async_shared()
 
     given = (
-        (Out, out_rows, stride_ot, entry, entered, saved, left, across, is_last, H * D * D),
-        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free),
+        (Out, out_rows, stride_ot, X, entry, entered, saved, left, across, is_last, H * D * D),
+        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched),
         (s, row, start, h, e, tokens, chunks, SAVE),
     )
     score = (a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks)
@@ -383,7 +422,7 @@ def sweep(
     if HALVES == 1:
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, HALVES, STAGES)),
                 (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],
@@ -393,8 +432,8 @@ def sweep(
     else:
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
-                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, HALVES, STAGES)),
+                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, HALVES, STAGES)),
                 (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],

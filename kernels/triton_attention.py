@@ -75,7 +75,7 @@ def lightning_attention_packed_triton(
     activation: str | None = "silu",
     strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As `lightning_attention_packed`. SiLU is a pass of its own each way: inside the sweeps an exact one costs more (LOG.md)."""
+    """As `lightning_attention_packed`. Keeps activation(qkv) for the backward, whose specialised sweeps multiply by its derivative."""
     o, final_state = _PackedAttention.apply(
         qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", strategy
     )
@@ -303,12 +303,14 @@ class _Call:
         save: int = WHOLE,
         left: torch.Tensor | None = None,
         whole: bool = False,
+        silu_input: torch.Tensor | None = None,
     ) -> None:
         """Launch a sweep from the states `entry` of documents and `states` where spans meet.
 
         spacing: tokens between the states that there are, of which `segment`, the default, is a multiple.
         transposed: the states in memory are the transposes of the sweep's.
         whole: specialised programs have all value channels of a head, not 64: scores and tiles once per head, the same bits.
+        silu_input: x [B, T, H, D], if specialised; each value of out is multiplied by the derivative of SiLU at it.
         """
         from m1_kernels import triton_lightning
 
@@ -330,11 +332,14 @@ class _Call:
                 gluon_lightning.descriptor(x, tile.chunk, width)
                 for x, width in ((a, self.dim), (b, self.dim), (v, tile.values), (out, tile.values))
             )
+            before = gluon_lightning.descriptor(out if silu_input is None else silu_input, tile.chunk, tile.values)
             halves = self.blocks if whole else 1
             gluon_lightning.sweep[(grid // halves,)](
-                *tiles, out, *out.stride()[:3], self.slopes, *pointers, *sizes, HALVES=halves, **constants
-            )
+                *tiles, out, *out.stride()[:3], before, self.slopes, *pointers, *sizes,
+                SILU_BACKWARD=silu_input is not None, HALVES=halves, **constants,
+            )  # fmt: skip
             return
+        assert silu_input is None, "only specialised sweeps multiply by a derivative"
         wide, narrow = (tile.chunk, self.padded_dim), (tile.chunk, tile.values)
         triton_lightning.sweep[(grid,)](
             self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow), self.descriptor(out, *narrow),
@@ -356,12 +361,15 @@ class _Call:
         entry: torch.Tensor | None,
         states: torch.Tensor | None,
         left: torch.Tensor | None,
+        silu_inputs: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Launch what writes dk and dv, strides alike, from gradients `entry` of final states and `states` at every `spacing` tokens.
 
         left: takes the gradients of initial states.
+        silu_inputs: of k and v, as in `sweep`.
         """
         if not self.specialised:
+            assert silu_inputs is None, "only specialised sweeps multiply by a derivative"
             shared: dict[str, Any] = {
                 "segment": segment,
                 "spacing": spacing,
@@ -375,12 +383,17 @@ class _Call:
         from m1_kernels import gluon_backward, gluon_lightning
 
         tile = self.tiling("backward")
-        tiles = (gluon_lightning.descriptor(x, tile.chunk, self.dim) for x in (q, k, v, do, dk, dv))
+
+        def descriptors(*tensors: torch.Tensor) -> list[Any]:
+            return [gluon_lightning.descriptor(x, tile.chunk, self.dim) for x in tensors]
+
         pointers = (self.slopes if x is None else x for x in (self.cu_seqlens, entry, states, left))
         gluon_backward.reverse_sweep[(self.spans(segment) * self.heads,)](
-            *tiles, dk, dv, *dk.stride()[:3], self.slopes, *pointers, self.tokens, self.heads, segment, spacing, self.documents,
+            *descriptors(q, k, v, do, dk, dv), dk, dv, *dk.stride()[:3], *descriptors(*(silu_inputs or (k, v))),
+            self.slopes, *pointers, self.tokens, self.heads, segment, spacing, self.documents,
             D=self.dim, C=tile.chunk, VARLEN=self.cu_seqlens is not None, ENTRY=(entry is not None) + 2 * (states is not None),
-            LEAVING=left is not None, STAGES=tile.stages, num_warps=tile.warps,
+            LEAVING=left is not None, SILU_BACKWARD=silu_inputs is not None, STAGES=tile.stages,
+            OWN_STAGES=tile.stages if silu_inputs is None else tile.stages - 1, num_warps=tile.warps,
         )  # fmt: skip
 
     def local_states(self, states, b, v, segment, *, reverse, span=None, left=None, horizon=True) -> None:
@@ -493,7 +506,8 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, slopes, initial_state, cu_seqlens, return_final_state: bool, activate: bool, strategy: str):
         qkv = _readable(qkv)
-        q, k, v = _activated(qkv, activate)
+        activated = torch.nn.functional.silu(qkv) if activate else qkv
+        q, k, v = _thirds(activated)
         call = _Call.of(q, slopes, cu_seqlens)
         plan = _Plan.of(call, strategy)
         initial_state = None if initial_state is None else initial_state.contiguous()
@@ -501,29 +515,32 @@ class _PackedAttention(torch.autograd.Function):
         needed = any(ctx.needs_input_grad)
         final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
         ctx.call, ctx.plan, ctx.activate = call, plan, activate
-        ctx.save_for_backward(qkv, initial_state, states, call.slopes, call.cu_seqlens)
+        ctx.save_for_backward(
+            qkv, activated if activate else None, initial_state, states, call.slopes, call.cu_seqlens
+        )
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        qkv, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
+        qkv, activated, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
         call = replace(ctx.call, slopes=slopes, cu_seqlens=cu_seqlens)
         dqkv = _output_like(qkv)
-        q, k, v = _activated(qkv, ctx.activate)
+        q, k, v = _thirds(qkv if activated is None else activated)
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
-        gradients = dqkv.split(call.dim, dim=-1)
-        dinitial = _backward(call, ctx.plan, q, k, v, do, dfinal, *gradients, initial_state, states)
-        if ctx.activate:
+        inputs = _thirds(qkv) if ctx.activate and call.specialised else None
+        dinitial = _backward(
+            call, ctx.plan, q, k, v, do, dfinal, *_thirds(dqkv), initial_state, states, silu_inputs=inputs
+        )
+        if ctx.activate and inputs is None:
             torch.ops.aten.silu_backward.grad_input(dqkv, qkv, grad_input=dqkv)
             # The derivative of what padding holds, NaN perhaps, times zero.
             call.zero_padding(dqkv)
         return dqkv, None, dinitial, None, None, None, None
 
 
-def _activated(qkv: torch.Tensor, activate: bool) -> tuple[torch.Tensor, ...]:
-    qkv = torch.nn.functional.silu(qkv) if activate else qkv
+def _thirds(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return qkv.split(qkv.shape[-1] // 3, dim=-1)
 
 
@@ -571,8 +588,11 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
     return final_state, states if saving else None
 
 
-def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial_state, states):
-    """Write dq, dk, dv; returns the gradient of the initial state [S, H, D, D] if there is one."""
+def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial_state, states, silu_inputs=None):
+    """Write dq, dk, dv; returns the gradient of the initial state [S, H, D, D] if there is one.
+
+    silu_inputs: where q, k and v are SiLU of these and the sweeps are specialised, the gradients are theirs.
+    """
     dinitial = call.document_states() if initial_state is not None else None
     if not call.tokens or not call.documents:
         for x in (dq, dk, dv):
@@ -592,6 +612,7 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
         states=states,
         transposed=True,
         whole=plan.dq_whole,
+        silu_input=None if silu_inputs is None else silu_inputs[0],
     )
     states, part = None, plan.backward // plan.parts
     if plan.backward != WHOLE:
@@ -599,8 +620,9 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
         call.local_states(states, q, do, part, reverse=True, span=plan.backward)
         call.scan(states, part, dfinal, None, reverse=True, span=plan.backward)
     call.reverse_sweep(
-        q, k, v, do, dk, dv, segment=plan.backward, spacing=part, entry=dfinal, states=states, left=dinitial
-    )
+        q, k, v, do, dk, dv, segment=plan.backward, spacing=part, entry=dfinal, states=states, left=dinitial,
+        silu_inputs=None if silu_inputs is None else silu_inputs[1:],
+    )  # fmt: skip
     return dinitial
 
 
