@@ -124,7 +124,11 @@ def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind:
     }
     label = "specialised " if kernel.is_gluon() else ""
     notes = ["whole"] if constants.get("HALVES") == 2 else []
-    notes += [name.lower() for name in ("REVERSE", "TRANSPOSED", "SAVING", "LEAVING", "INITIAL", "SILU_BACKWARD") if constants.get(name)]
+    notes += [
+        name.lower()
+        for name in ("REVERSE", "TRANSPOSED", "SAVING", "LEAVING", "INITIAL", "SILU_BACKWARD")
+        if constants.get(name)
+    ]
     notes += [f"entry {constants['ENTRY']}"] if constants.get("ENTRY") else []
     notes += ["packed"] if constants.get("VARLEN") else []
     notes += ["all tokens"] if constants.get("HORIZON") is False else []

@@ -96,6 +96,12 @@ def _keep(
 
 
 @gluon.jit
+def _halves(x):
+    """The left and the right columns of x."""
+    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
 def _grad(
     Out,
     out_rows,
@@ -118,7 +124,9 @@ def _grad(
     s, row, start, h, tokens, chunks, stride_ot = sizes
     of_scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    of_half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D // 2, 16])
+    of_quarter: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D // 4, 16]
+    )
     operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     dtype: gl.constexpr = a_tiles.dtype
     no_scores = gl.zeros([C, C], gl.float32, of_scores)
@@ -162,15 +170,14 @@ def _grad(
         mbarrier.arrive(free.index(stage), count=1)
         if SILU_BACKWARD:
             mbarrier.wait(fetched, c & 1)
-            # In two halves of the channels, to have fewer registers of x at a time.
+            # A few channels at a time, for want of registers.
             x = x_tile.reshape([C, D])
-            left, right = out.reshape([C, 2, D // 2]).permute((0, 2, 1)).split()
-            left = gl.convert_layout(left, of_half, assert_trivial=True)
-            right = gl.convert_layout(right, of_half, assert_trivial=True)
-            left = _silu_backward(left, x.slice(0, D // 2, dim=1).load(of_half))
-            a.slice(0, D // 2, dim=1).store(left.to(dtype))
-            right = _silu_backward(right, x.slice(D // 2, D // 2, dim=1).load(of_half))
-            a.slice(D // 2, D // 2, dim=1).store(right.to(dtype))
+            left, right = _halves(out)
+            quarters = _halves(left) + _halves(right)
+            for place in gl.static_range(4):
+                quarter = gl.convert_layout(quarters[place], of_quarter, assert_trivial=True)
+                quarter = _silu_backward(quarter, x.slice(place * D // 4, D // 4, dim=1).load(of_quarter))
+                a.slice(place * D // 4, D // 4, dim=1).store(quarter.to(dtype))
         else:
             a.store(out.to(dtype))
         full = True
@@ -333,7 +340,10 @@ def reverse_sweep(
     gl.warp_specialize(
         [
             (_grad, (DV, dv_rows, keys, of_dv, bars, of_rows, C, D, True, VARLEN, SILU_BACKWARD, STAGES, OWN_STAGES)),
-            (_grad, (DK, dk_rows, values, of_dk, bars, of_rows, C, D, False, VARLEN, SILU_BACKWARD, STAGES, OWN_STAGES)),
+            (
+                _grad,
+                (DK, dk_rows, values, of_dk, bars, of_rows, C, D, False, VARLEN, SILU_BACKWARD, STAGES, OWN_STAGES),
+            ),
             (_keep, ((Q, q_tiles), kept, bars, of_state, C, D, 0, ENTRY, LEAVING, STAGES)),
             (_keep, ((DO, do_tiles), kept, bars, of_state, C, D, 1, ENTRY, LEAVING, STAGES)),
         ],

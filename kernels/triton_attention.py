@@ -73,11 +73,12 @@ def lightning_attention_packed_triton(
     cu_seqlens: torch.Tensor | None = None,
     return_final_state: bool = False,
     activation: str | None = "silu",
+    recompute_activation: bool = False,
     strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As `lightning_attention_packed`. Keeps activation(qkv) for the backward, whose specialised sweeps multiply by its derivative."""
+    """As `lightning_attention_packed`. The derivative of SiLU is a pass of its own where sweeps are not specialised."""
     o, final_state = _PackedAttention.apply(
-        qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", strategy
+        qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", recompute_activation, strategy
     )
     return (o, final_state) if return_final_state else o
 
@@ -504,7 +505,17 @@ class _Attention(torch.autograd.Function):
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, slopes, initial_state, cu_seqlens, return_final_state: bool, activate: bool, strategy: str):
+    def forward(
+        ctx,
+        qkv,
+        slopes,
+        initial_state,
+        cu_seqlens,
+        return_final_state: bool,
+        activate: bool,
+        recompute: bool,
+        strategy: str,
+    ):
         qkv = _readable(qkv)
         activated = torch.nn.functional.silu(qkv) if activate else qkv
         q, k, v = _thirds(activated)
@@ -515,18 +526,18 @@ class _PackedAttention(torch.autograd.Function):
         needed = any(ctx.needs_input_grad)
         final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
         ctx.call, ctx.plan, ctx.activate = call, plan, activate
-        ctx.save_for_backward(
-            qkv, activated if activate else None, initial_state, states, call.slopes, call.cu_seqlens
-        )
+        kept = activated if activate and not recompute else None
+        ctx.save_for_backward(qkv, kept, initial_state, states, call.slopes, call.cu_seqlens)
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        qkv, activated, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
+        qkv, kept, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
         call = replace(ctx.call, slopes=slopes, cu_seqlens=cu_seqlens)
         dqkv = _output_like(qkv)
+        activated = torch.nn.functional.silu(qkv) if ctx.activate and kept is None else kept
         q, k, v = _thirds(qkv if activated is None else activated)
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
         inputs = _thirds(qkv) if ctx.activate and call.specialised else None
@@ -537,7 +548,7 @@ class _PackedAttention(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(dqkv, qkv, grad_input=dqkv)
             # The derivative of what padding holds, NaN perhaps, times zero.
             call.zero_padding(dqkv)
-        return dqkv, None, dinitial, None, None, None, None
+        return dqkv, None, dinitial, None, None, None, None, None
 
 
 def _thirds(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -526,6 +526,18 @@ def test_gradients_of_a_packed_projection_have_tokens_in_front_of_heads(order: t
     assert found[1].stride() == (time_major if order == (1, 0, 2) else qkv).stride()
 
 
+def test_recomputed_activation_takes_no_memory_and_changes_no_bits() -> None:
+    qkv, decay = torch.randn(2, 70, 3, 48, device=DEVICE, requires_grad=True), slopes(3, 0, 8).to(DEVICE)
+    gradients, kept = [], []
+    for recompute in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+            kept.append([])
+            o = lightning_attention_packed(qkv, decay, recompute_activation=recompute, implementation="triton")
+        gradients.append(torch.autograd.grad(o, qkv, torch.ones_like(o))[0])
+    assert torch.equal(*gradients)
+    assert [sizes.count(qkv.numel()) for sizes in kept] == [2, 1]
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_tokens_beyond_the_exact_zero_horizon_are_skipped_with_equal_bits(reverse: bool) -> None:
     _, k, v, _ = pack()
