@@ -15,7 +15,6 @@ spans the bits are the same.
 from typing import Any
 
 from m1_kernels.triton_lightning import _border, _span, _within
-from triton import language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -173,24 +172,10 @@ def _parts(x, dtype: gl.constexpr):
 
 @gluon.jit
 def _silu_backward(gradient, x):
-    """gradient * d silu(x) / dx, float32. Below -41.5 the derivative of -41.5 is taken, -4e-17, for the product of two to be finite."""
-    x = gl.maximum(x.to(gl.float32), -41.5, propagate_nan=tl.PropagateNan.ALL)
-    # The one reciprocal of a product for those of two numbers: special functions are what bounds this.
+    """gradient * d silu(x) / dx, float32; 1 + e^-x may be infinite. Without the range checks of a division."""
+    x = x.to(gl.float32)
     share = gl.inline_asm_elementwise(
-        """
-        {
-        .reg .f32 r;
-        mul.rn.f32 r, $2, $3;
-        rcp.approx.ftz.f32 r, r;
-        mul.rn.f32 $0, r, $3;
-        mul.rn.f32 $1, r, $2;
-        }
-        """,
-        "=&f,=&f,f,f",
-        [1.0 + gl.exp2(-LOG2_E * x)],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=2,
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + gl.exp2(-LOG2_E * x)], dtype=gl.float32, is_pure=True, pack=1
     )
     return gradient * (share * (1.0 + x * (1.0 - share)))
 
