@@ -12,7 +12,7 @@ is computed, and rounded where, is that of two sweeps of `triton_lightning`, who
 """
 
 from m1_kernels.gluon_lightning import LOG2_E, ROWWISE, _document, _parts, _places, _store_rows, _zero_rows
-from m1_kernels.triton_lightning import _border, _span, _within
+from m1_kernels.triton_lightning import _enter, _origin, _span, _within
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -47,9 +47,10 @@ def _keep(
     HALF: gl.constexpr,
     ENTRY: gl.constexpr,
     LEAVING: gl.constexpr,
+    PDL: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    q_tiles, do_tiles, rounded, departs, entry, entered, left, ends = kept
+    q_tiles, do_tiles, rounded, departs, origin, left, ends, states_stride, SPACING = kept
     loaded, free, written, read = bars
     s, start, tokens, chunks = sizes
     ROWS: gl.constexpr = D // 2
@@ -59,8 +60,8 @@ def _keep(
     dtype: gl.constexpr = q_tiles.dtype
     state = gl.zeros([ROWS, D], gl.float32, layout)
     if ENTRY:
-        if entered:
-            state = gl.load(entry + _places(FIRST, 1, 0, D, ROWS, layout))
+        places = _places(FIRST, 1, 0, D, ROWS, layout)
+        state = _enter(state, origin, places, True, s, states_stride, SPACING, ENTRY, True, PDL)
     stage = 0
     phase = 0
     for c in range(chunks):
@@ -190,6 +191,7 @@ def reverse_sweep(
     VARLEN: gl.constexpr,
     ENTRY: gl.constexpr,
     LEAVING: gl.constexpr,
+    PDL: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """dk and dv of one head and span. Grid: spans * H.
@@ -204,7 +206,7 @@ def reverse_sweep(
     document = 0
     if VARLEN:
         document = _document(w, Cu, T, SEGMENT, documents)
-    row, document, start, tokens, is_first, is_last = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, is_first, is_last, _, end = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
     dk_rows = DKRows + row.to(gl.int64) * stride_ob + h * stride_oh
     dv_rows = DVRows + row.to(gl.int64) * stride_ob + h * stride_oh
 
@@ -223,16 +225,10 @@ def reverse_sweep(
             is_first = False
             is_last = False
 
-    entry = Entry + (document.to(gl.int64) * H + h) * D * D
-    entered = is_last
-    if ENTRY >= 2:
-        goes_on = (is_last == 0) & (tokens > 0)
-        if ENTRY == 2:
-            entered = goes_on
-        else:
-            entered = is_last | goes_on
-        if goes_on:
-            entry = States + (_border(row, start + SEGMENT, T, SPACING).to(gl.int64) * H + h) * D * D
+    border = start + SEGMENT
+    origin = _origin(
+        Entry, States, row, document, h, border, end - border, is_last, tokens, T, H, SPACING, D, ENTRY, True
+    )
     left = Left + (document.to(gl.int64) * H + h) * D * D
     s = gl.load(Slopes + h) * LOG2_E
     chunks = gl.cdiv(tokens, C)
@@ -254,13 +250,14 @@ def reverse_sweep(
         mbarrier.init(free.index(stage), count=4)
     mbarrier.init(written, count=2)
     mbarrier.init(read, count=2)
-    departs.store(gl.exp2(-s * (gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])) + 1).to(gl.float32)))
     fence_async_shared()
     load_queries = (Q, DO, q_tiles, do_tiles, loaded, row, h)
     load_keys = (K, V, k_tiles, v_tiles, loaded, row, h)
     for stage in gl.static_range(STAGES):
         _load(load_queries, stage, start + (chunks - 1 - stage) * C, stage < chunks)
         _load(load_keys, stage, start + (chunks - 1 - stage) * C, stage < chunks)
+    # Behind the first loads, which then do not wait for the slope.
+    departs.store(gl.exp2(-s * (gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])) + 1).to(gl.float32)))
     if VARLEN:
         n = tokens - (chunks - 1) * C
         if (chunks > 0) & (n < C):
@@ -273,14 +270,14 @@ def reverse_sweep(
     of_dv = (k_tiles, q_tiles, do_tiles, rounded)
     of_dk = (v_tiles, do_tiles, q_tiles, rounded)
     of_rows = (s, row, start, h, tokens, chunks, stride_ot)
-    kept = (q_tiles, do_tiles, rounded, departs, entry, entered, left, is_first)
+    kept = (q_tiles, do_tiles, rounded, departs, origin, left, is_first, H * D * D, SPACING)
     of_state = (s, start, tokens, chunks)
     gl.warp_specialize(
         [
             (_grad, (DV, dv_rows, of_dv, bars, of_rows, C, D, True, VARLEN, STAGES)),
             (_grad, (DK, dk_rows, of_dk, bars, of_rows, C, D, False, VARLEN, STAGES)),
-            (_keep, (load_queries, kept, bars, of_state, C, D, 0, ENTRY, LEAVING, STAGES)),
-            (_keep, (load_keys, kept, bars, of_state, C, D, 1, ENTRY, LEAVING, STAGES)),
+            (_keep, (load_queries, kept, bars, of_state, C, D, 0, ENTRY, LEAVING, PDL, STAGES)),
+            (_keep, (load_keys, kept, bars, of_state, C, D, 1, ENTRY, LEAVING, PDL, STAGES)),
         ],
         [4, 4, 4],
         [128, 128, 128],
