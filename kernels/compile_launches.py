@@ -18,7 +18,11 @@ M1_DIM = 128
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKENS, HEADS = 333, 16  # sizes that 16 does and does not divide, as most are
 SPANS = ((WHOLE, WHOLE, WHOLE), (WHOLE, SEGMENT, SEGMENT), (SEGMENT, SEGMENT, SEGMENT))
-PLANS = tuple(_Plan(*spans, whole, whole) for spans in SPANS for whole in (False, True))
+PLANS = tuple(
+    _Plan(*spans, whole, whole, scanned=scanned, backward_scanned=scanned)
+    for spans, whole, scanned in itertools.product(SPANS, (False, True), (False, True))
+    if scanned or spans[0] != WHOLE
+)
 FEATURES = ("VARLEN", "ENTRY", "SAVING", "LEAVING", "INITIAL", "HORIZON")
 
 # name, kernel, signature, constexprs, options
@@ -46,10 +50,12 @@ def cases(capability: int, *, every: bool = False) -> list[Case]:
 
 
 def _computes(case: Case) -> str:
-    """Equal for launches whose loops hold the same products."""
+    """Equal for launches whose loops hold the same products, behind a sum of states or none."""
     _, kernel, _, constants, _ = case
     transposed = constants.get("D") == M1_DIM and constants.get("TRANSPOSED")
-    return f"{kernel.__name__} {[constants.get(name) for name in ('REVERSE', 'HALVES', 'SILU_BACKWARD')]} {transposed}"
+    summing = constants.get("ENTRY", 0) >= 4
+    loops = [constants.get(name) for name in ("REVERSE", "HALVES", "SILU_BACKWARD")]
+    return f"{kernel.__name__} {loops} {transposed} {summing}"
 
 
 def _features(case: Case) -> int:
@@ -78,7 +84,8 @@ def _run(dim: int, dtype: torch.dtype, plan: _Plan, *, packed: bool, stateful: b
     x, slopes, edges = _inputs(dim, dtype, packed)
     call = _Call.of(x, slopes, edges)
     state = torch.empty(3, HEADS, dim, dim) if stateful else None
-    _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=stateful)
+    leaving = stateful and plan.scanned
+    _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=leaving)
     call.zero_padding(torch.empty(*x.shape[:3], 3 * dim, dtype=dtype))
     if saving:
         for silu_inputs in (None, (x, x, x)) if call.specialised else (None,):
@@ -115,7 +122,7 @@ def _recording(capability: int) -> Iterator[list[tuple[Any, tuple, dict[str, Any
 
 def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind: str) -> Case:
     given = dict(zip(kernel.arg_names, positional)) | named
-    options = {"num_warps": given.pop("num_warps", 4)}
+    options = {"num_warps": given.pop("num_warps", 4), "launch_pdl": given.pop("launch_pdl", False)}
     fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     constants = {name: value for name, value in given.items() if name in fixed or value is None}

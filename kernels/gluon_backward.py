@@ -22,7 +22,7 @@ from m1_kernels.gluon_lightning import (
     _store_rows,
     _zero_rows,
 )
-from m1_kernels.triton_lightning import _border, _span, _within
+from m1_kernels.triton_lightning import _enter, _origin, _span, _within
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -47,9 +47,10 @@ def _keep(
     HALF: gl.constexpr,
     ENTRY: gl.constexpr,
     LEAVING: gl.constexpr,
+    PDL: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    q_tiles, do_tiles, rounded, departs, entry, entered, left, ends = kept
+    q_tiles, do_tiles, rounded, departs, origin, left, ends, states_stride, SPACING = kept
     loaded, free, written, read = bars
     X, x_tiles = load
     s, row, start, h, tokens, chunks = sizes
@@ -60,8 +61,8 @@ def _keep(
     dtype: gl.constexpr = q_tiles.dtype
     state = gl.zeros([ROWS, D], gl.float32, layout)
     if ENTRY:
-        if entered:
-            state = gl.load(entry + _places(FIRST, 1, 0, D, ROWS, layout))
+        places = _places(FIRST, 1, 0, D, ROWS, layout)
+        state = _enter(state, origin, places, True, s, states_stride, SPACING, ENTRY, True, PDL)
     stage = 0
     phase = 0
     for c in range(chunks):
@@ -134,14 +135,13 @@ def _grad(
     state = rounded
     if TURNED:
         state = rounded.permute((1, 0))
-    stage = 0
-    phase = 0
-    own_stage = 0
-    own_phase = 0
     for c in range(chunks):
         t = (chunks - 1 - c) * C
         n = gl.minimum(tokens - t, C)
-        mbarrier.wait(arrived.index(own_stage), own_phase)
+        own_stage = c % OWN_STAGES
+        stage = c % STAGES
+        phase = (c // STAGES) & 1
+        mbarrier.wait(arrived.index(own_stage), (c // OWN_STAGES) & 1)
         mbarrier.wait(loaded.index(stage), phase)
         a = a_tiles.index(own_stage).reshape([C, D])
         b = b_tiles.index(stage).reshape([C, D])
@@ -151,7 +151,7 @@ def _grad(
         out = warpgroup_mma(a, state, nothing, use_acc=False, is_async=True)
         # The result of the chunk before has left its tile.
         tma.store_wait(0)
-        place = gl.where(own_stage == 0, OWN_STAGES - 1, own_stage - 1)
+        place = (c + OWN_STAGES - 1) % OWN_STAGES
         needed = (c > 0) & (c - 1 + OWN_STAGES < chunks)
         _fetch(A, arrived.index(place), row, start + t - (OWN_STAGES - 1) * C, h, 0, a_tiles.index(place), needed)
         scores = warpgroup_mma_wait(1, deps=[scores])
@@ -190,10 +190,6 @@ def _grad(
             tma.async_copy_shared_to_global(Out, [row, start + t, h, 0], a_tiles.index(own_stage))
         if SILU_BACKWARD:
             _fetch(X, fetched, row, start + t - C, h, 0, x_tile, c + 1 < chunks)
-        own_phase = own_phase ^ (own_stage == OWN_STAGES - 1).to(gl.int32)
-        own_stage = gl.where(own_stage == OWN_STAGES - 1, 0, own_stage + 1)
-        phase = phase ^ (stage == STAGES - 1).to(gl.int32)
-        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     tma.store_wait(0)
 
 
@@ -228,6 +224,7 @@ def reverse_sweep(
     ENTRY: gl.constexpr,
     LEAVING: gl.constexpr,
     SILU_BACKWARD: gl.constexpr,
+    PDL: gl.constexpr,
     STAGES: gl.constexpr,
     OWN_STAGES: gl.constexpr,
 ):
@@ -245,7 +242,7 @@ def reverse_sweep(
     document = 0
     if VARLEN:
         document = _document(w, Cu, T, SEGMENT, documents)
-    row, document, start, tokens, is_first, is_last = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, is_first, is_last, _, end = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
     dk_rows = DKRows + row.to(gl.int64) * stride_ob + h * stride_oh
     dv_rows = DVRows + row.to(gl.int64) * stride_ob + h * stride_oh
 
@@ -264,16 +261,10 @@ def reverse_sweep(
             is_first = False
             is_last = False
 
-    entry = Entry + (document.to(gl.int64) * H + h) * D * D
-    entered = is_last
-    if ENTRY >= 2:
-        goes_on = (is_last == 0) & (tokens > 0)
-        if ENTRY == 2:
-            entered = goes_on
-        else:
-            entered = is_last | goes_on
-        if goes_on:
-            entry = States + (_border(row, start + SEGMENT, T, SPACING).to(gl.int64) * H + h) * D * D
+    border = start + SEGMENT
+    origin = _origin(
+        Entry, States, row, document, h, border, end - border, is_last, tokens, T, H, SPACING, D, ENTRY, True
+    )
     left = Left + (document.to(gl.int64) * H + h) * D * D
     s = gl.load(Slopes + h) * LOG2_E
     chunks = gl.cdiv(tokens, C)
@@ -309,7 +300,6 @@ def reverse_sweep(
     mbarrier.init(read, count=2)
     mbarrier.init(k_fetched, count=1)
     mbarrier.init(v_fetched, count=1)
-    departs.store(gl.exp2(-s * (gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])) + 1).to(gl.float32)))
     fence_async_shared()
     last = start + (chunks - 1) * C
     for stage in gl.static_range(STAGES):
@@ -321,6 +311,8 @@ def reverse_sweep(
     if SILU_BACKWARD:
         _fetch(KRaw, k_fetched, row, last, h, 0, k_raw, chunks > 0)
         _fetch(VRaw, v_fetched, row, last, h, 0, v_raw, chunks > 0)
+    # Behind the first loads, which then do not wait for the slope.
+    departs.store(gl.exp2(-s * (gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])) + 1).to(gl.float32)))
     if VARLEN:
         n = tokens - (chunks - 1) * C
         if (chunks > 0) & (n < C):
@@ -335,7 +327,7 @@ def reverse_sweep(
     keys = (K, VRaw, k_tiles, v_raw, k_arrived, v_fetched)
     values = (V, KRaw, v_tiles, k_raw, v_arrived, k_fetched)
     of_rows = (s, row, start, h, tokens, chunks, stride_ot)
-    kept = (q_tiles, do_tiles, rounded, departs, entry, entered, left, is_first)
+    kept = (q_tiles, do_tiles, rounded, departs, origin, left, is_first, H * D * D, SPACING)
     of_state = (s, row, start, h, tokens, chunks)
     gl.warp_specialize(
         [
@@ -344,8 +336,8 @@ def reverse_sweep(
                 _grad,
                 (DK, dk_rows, values, of_dk, bars, of_rows, C, D, False, VARLEN, SILU_BACKWARD, STAGES, OWN_STAGES),
             ),
-            (_keep, ((Q, q_tiles), kept, bars, of_state, C, D, 0, ENTRY, LEAVING, STAGES)),
-            (_keep, ((DO, do_tiles), kept, bars, of_state, C, D, 1, ENTRY, LEAVING, STAGES)),
+            (_keep, ((Q, q_tiles), kept, bars, of_state, C, D, 0, ENTRY, LEAVING, PDL, STAGES)),
+            (_keep, ((DO, do_tiles), kept, bars, of_state, C, D, 1, ENTRY, LEAVING, PDL, STAGES)),
         ],
         [4, 4, 4],
         [128, 128, 128],

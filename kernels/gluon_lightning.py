@@ -14,7 +14,7 @@ spans the bits are the same.
 
 from typing import Any
 
-from m1_kernels.triton_lightning import _border, _span, _within
+from m1_kernels.triton_lightning import _border, _enter, _origin, _span, _within
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import debug_barrier
+from triton.language.extra.cuda import gdc_launch_dependents
 
 __all__ = ["descriptor"]
 
@@ -85,7 +86,8 @@ def _score(
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks = given
+    a_tiles, b_tiles, scores_tiles, loaded, scored, slope, tokens, chunks = given
+    s = gl.load(slope) * LOG2_E
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     j = gl.arange(0, C, layout=gl.SliceLayout(1, layout))
     pairs = _pairs(s, 0, C, layout)
@@ -210,12 +212,15 @@ def _advance(
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
     SILU_BACKWARD: gl.constexpr,
+    PDL: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    Out, out_rows, stride_ot, X, entry, entered, saved, left, across, ends, states_stride = given[0]
+    Out, out_rows, stride_ot, X, origin, saved, left, across, ends, states_stride, SPACING = given[0]
     a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched = given[1]
-    s, row, start, h, e, tokens, chunks, SAVE = given[2]
+    slope, row, start, h, e, tokens, chunks, SAVE = given[2]
+    # Here, not in front of all partitions: the first tiles would wait for it.
+    s = gl.load(slope) * LOG2_E
     of_state: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
@@ -229,8 +234,8 @@ def _advance(
     departs = departs.index(HALF)
     state = gl.zeros([BV, D], gl.float32, of_state)
     if ENTRY:
-        if entered:
-            state = gl.load(entry + _places(e, across, 0, D, BV, of_state))
+        places = _places(e, across, 0, D, BV, of_state)
+        state = _enter(state, origin, places, True, s, states_stride, SPACING, ENTRY, False, PDL)
     if SILU_BACKWARD:
         # x comes where the result is to leave from.
         _fetch(X, fetched.index(HALF * 2), row, start, h, e, out_tiles.index(HALF * 2), chunks > 0)
@@ -281,12 +286,6 @@ def _advance(
             place = HALF * 2 + c % 2
             tile = out_tiles.index(place)
             turned = tile.reshape([C, BV]).permute((1, 0))
-            if SILU_BACKWARD:
-                tma.store_wait(0)
-                following = HALF * 2 + (c + 1) % 2
-                _fetch(
-                    X, fetched.index(following), row, start + t + C, h, e, out_tiles.index(following), c + 1 < chunks
-                )
             past, within = warpgroup_mma_wait(2, deps=[past, within])
             read = reads.load(gl.SliceLayout(0, of_out))
             out = past * read[None, :] + within
@@ -301,6 +300,11 @@ def _advance(
                 tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
             else:
                 _store_rows(out_rows, tile.reshape([C, BV]).load(ROWWISE), start + t, n, stride_ot)
+            if SILU_BACKWARD:
+                # Where the result of the chunk before has left from.
+                tma.store_wait(1)
+                place = HALF * 2 + (c + 1) % 2
+                _fetch(X, fetched.index(place), row, start + t + C, h, e, out_tiles.index(place), c + 1 < chunks)
             state = warpgroup_mma_wait(0, deps=[state])
             mbarrier.arrive(free.index(stage), count=1)
     if LEAVING:
@@ -341,6 +345,7 @@ def sweep(
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
     SILU_BACKWARD: gl.constexpr,
+    PDL: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -349,6 +354,8 @@ def sweep(
     HALVES: 2 has all value channels in one program, else 1.
     SILU_BACKWARD: out is multiplied by the derivative of SiLU at X, a descriptor like Out.
     """
+    if PDL:
+        gdc_launch_dependents()
     BLOCKS: gl.constexpr = D // (BV * HALVES)
     pid = gl.program_id(0)
     w = pid // (H * BLOCKS)
@@ -357,7 +364,7 @@ def sweep(
     document = 0
     if VARLEN:
         document = _document(w, Cu, T, SEGMENT, documents)
-    row, document, start, tokens, is_first, is_last = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, is_first, is_last, begin, _ = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
     across = D if TRANSPOSED else 1
     out_rows = OutRows + row.to(gl.int64) * stride_ob + h * stride_oh + e
 
@@ -374,21 +381,12 @@ def sweep(
             is_first = False
             is_last = False
 
-    entry = Entry
-    entered = is_first
-    if ENTRY:
-        entry += (document.to(gl.int64) * H + h) * D * D
-        if ENTRY >= 2:
-            goes_on = (is_first == 0) & (tokens > 0)
-            if ENTRY == 2:
-                entered = goes_on
-            else:
-                entered = is_first | goes_on
-            if goes_on:
-                entry = States + (_border(row, start, T, SPACING).to(gl.int64) * H + h) * D * D
+    origin = _origin(
+        Entry, States, row, document, h, start, start - begin, is_first, tokens, T, H, SPACING, D, ENTRY, False
+    )
     saved = Saved + (_border(row, start, T, SAVE).to(gl.int64) * H + h) * D * D
     left = Left + (document.to(gl.int64) * H + h) * D * D
-    s = gl.load(Slopes + h) * LOG2_E
+    slope = Slopes + h
     chunks = gl.cdiv(tokens, C)
 
     a_tiles = gl.allocate_shared_memory(A.dtype, [STAGES] + A.block_type.shape, A.layout)
@@ -413,16 +411,16 @@ def sweep(
     fence_async_shared()
 
     given = (
-        (Out, out_rows, stride_ot, X, entry, entered, saved, left, across, is_last, H * D * D),
+        (Out, out_rows, stride_ot, X, origin, saved, left, across, is_last, H * D * D, SPACING),
         (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched),
-        (s, row, start, h, e, tokens, chunks, SAVE),
+        (slope, row, start, h, e, tokens, chunks, SAVE),
     )
-    score = (a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks)
+    score = (a_tiles, b_tiles, scores_tiles, loaded, scored, slope, tokens, chunks)
     load = (A, B_, V, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks)
     if HALVES == 1:
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, PDL, HALVES, STAGES)),
                 (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],
@@ -432,8 +430,8 @@ def sweep(
     else:
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, HALVES, STAGES)),
-                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, PDL, HALVES, STAGES)),
+                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, PDL, HALVES, STAGES)),
                 (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],

@@ -1,8 +1,9 @@
 """Lightning attention on the Triton kernels: which spans, which launches, and the backward pass.
 
 Forward, fused: one sweep per document. Forward, segmented: the states that spans of a document leave behind
-(`local_states`, two reads), their scan, then sweeps of all spans at once. Backward: dq from the states that the forward
-pass saved where spans meet; dk and dv in one reverse sweep, fused or segmented likewise. Nothing reads cu_seqlens on the host.
+(`local_states`, two reads), their scan, then sweeps of all spans at once; few states the sweeps sum without a scan. Backward: dq
+from the states that the forward pass saved where spans meet; dk and dv in one reverse sweep, fused or segmented likewise. Nothing
+reads cu_seqlens on the host.
 """
 
 import functools
@@ -32,10 +33,12 @@ WHOLE = 2**30
 """Tokens of a span that no document reaches."""
 CHUNK_US = {"specialised": (2, 1.2), "whole": (1, 2.2), "backward": (1, 3.1)}
 """Programs of a head and the time of one of its chunks, all multiprocessors at work. These and the next as measured on an H200."""
-WAVE_US, LAUNCH_US, PASS_US, SCAN_US, SAVE_US = 5.0, 12.0, (0.75, 1.06), 0.28, 2.0
-"""Until a program has its first chunk; two launches more; a chunk of the pass over states, in one program and for a multiprocessor;
-a state in the scan; a state saved.
+WAVE_US, LAUNCH_US, PASS_US, SAVE_US = 5.0, 4.5, (0.75, 1.06), 2.0
+"""Until a program has its first chunk; a launch more; a chunk of the pass over states, in one program and for a multiprocessor; a state
+saved.
 """
+SUM_US, SCAN_US, SUMMED = 0.6, (5.5, 0.28), 8
+"""A state summed by the sweep's programs; a scan, and a state in it; so many states at most are summed by the programs."""
 
 
 def obstacle(q: torch.Tensor) -> str | None:
@@ -179,7 +182,9 @@ class Spread:
             if saved:
                 return sweep + SAVE_US * (spans - 1)
             passed = max(PASS_US[0] * span / parts(spans), PASS_US[1] * rows * (chunks - span) / processors)
-            return sweep + passed + LAUNCH_US + SCAN_US * spans * parts(spans)
+            count = (spans - 1) * parts(spans)
+            summed = SUM_US * count if count <= SUMMED else SCAN_US[0] + SCAN_US[1] * count
+            return sweep + passed + LAUNCH_US + summed
 
         most = max(1, chunks // 4)
         choices = []
@@ -240,6 +245,11 @@ class _Call:
         """Whether the sweeps run with one task per warp group (`gluon_lightning`)."""
         return self.device.type == "cuda" and self.capability == 90 and self.dim == 128 and self.dtype != torch.float32
 
+    @property
+    def pdl(self) -> bool:
+        """Whether kernels can be launched before those in front have ended."""
+        return self.capability >= 90 and not interpreting()
+
     def tiling(self, kernel: str) -> Tiling:
         return tiling(kernel, self.dtype, self.padded_dim, self.capability)
 
@@ -284,6 +294,10 @@ class _Call:
 
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns])
 
+    def _launch(self, early: bool) -> dict[str, Any]:
+        """Constants and options of a launch. early: before the kernel in front has ended, one of this call's."""
+        return {"PDL": self.pdl} | ({"launch_pdl": True} if early and self.pdl else {})
+
     def _precision(self) -> dict[str, Any]:
         return {"DP": self.padded_dim, "PRECISION": _precision(self.dtype), "EXACT": self.dtype != torch.float32}
 
@@ -305,6 +319,8 @@ class _Call:
         left: torch.Tensor | None = None,
         whole: bool = False,
         silu_input: torch.Tensor | None = None,
+        scanned: bool = True,
+        early: bool = False,
     ) -> None:
         """Launch a sweep from the states `entry` of documents and `states` where spans meet.
 
@@ -312,6 +328,7 @@ class _Call:
         transposed: the states in memory are the transposes of the sweep's.
         whole: specialised programs have all value channels of a head, not 64: scores and tiles once per head, the same bits.
         silu_input: x [B, T, H, D], if specialised; each value of out is multiplied by the derivative of SiLU at it.
+        scanned: whether `scan` has summed the states; the sweep's programs do it else, to the same bits. early: as in `_launch`.
         """
         from m1_kernels import triton_lightning
 
@@ -322,8 +339,9 @@ class _Call:
         sizes = (self.tokens, self.heads, segment, spacing or segment, save, self.documents)
         constants: dict[str, Any] = {
             "D": self.dim, "BV": tile.values, "C": tile.chunk, "VARLEN": self.cu_seqlens is not None,
-            "TRANSPOSED": transposed, "ENTRY": (entry is not None) + 2 * (states is not None), "SAVING": saved is not None,
+            "TRANSPOSED": transposed, "ENTRY": _entry(entry, states, scanned), "SAVING": saved is not None,
             "LEAVING": left is not None, "STAGES": tile.stages, "num_warps": tile.warps,
+            **self._launch(early),
         }  # fmt: skip
         if self.specialised:
             from m1_kernels import gluon_lightning
@@ -362,11 +380,12 @@ class _Call:
         entry: torch.Tensor | None,
         states: torch.Tensor | None,
         left: torch.Tensor | None,
+        scanned: bool,
         silu_inputs: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Launch what writes dk and dv, strides alike, from gradients `entry` of final states and `states` at every `spacing` tokens.
 
-        left: takes the gradients of initial states.
+        left: takes the gradients of initial states. scanned: as in `sweep`.
         silu_inputs: of k and v, as in `sweep`.
         """
         if not self.specialised:
@@ -377,6 +396,8 @@ class _Call:
                 "reverse": True,
                 "entry": entry,
                 "states": states,
+                "scanned": scanned,
+                "early": states is not None,
             }
             self.sweep(k, q, do, dv, left=left, **shared)
             self.sweep(v, do, q, dk, transposed=True, **shared)
@@ -392,13 +413,17 @@ class _Call:
         gluon_backward.reverse_sweep[(self.spans(segment) * self.heads,)](
             *descriptors(q, k, v, do, dk, dv), dk, dv, *dk.stride()[:3], *descriptors(*(silu_inputs or (k, v))),
             self.slopes, *pointers, self.tokens, self.heads, segment, spacing, self.documents,
-            D=self.dim, C=tile.chunk, VARLEN=self.cu_seqlens is not None, ENTRY=(entry is not None) + 2 * (states is not None),
+            D=self.dim, C=tile.chunk, VARLEN=self.cu_seqlens is not None, ENTRY=_entry(entry, states, scanned),
             LEAVING=left is not None, SILU_BACKWARD=silu_inputs is not None, STAGES=tile.stages,
             OWN_STAGES=tile.stages if silu_inputs is None else tile.stages - 1, num_warps=tile.warps,
+            **self._launch(states is not None),
         )  # fmt: skip
 
-    def local_states(self, states, b, v, segment, *, reverse, span=None, left=None, horizon=True) -> None:
-        """span: without `left`, the tokens between the states that are needed, a multiple of `segment`; as in `scan`."""
+    def local_states(self, states, b, v, segment, *, reverse, span=None, left=None, horizon=True, early=False) -> None:
+        """span: without `left`, the tokens between the states that are needed, a multiple of `segment`; as in `scan`.
+
+        early: as in `_launch`, where the kernel in front writes neither b nor v.
+        """
         from m1_kernels import triton_lightning
 
         tile = self.tiling("local")
@@ -408,7 +433,7 @@ class _Call:
             self.slopes if self.cu_seqlens is None else self.cu_seqlens, states, states if left is None else left,
             self.tokens, self.heads, segment, span or segment, self.documents,
             D=self.dim, BV=tile.values, C=tile.chunk, VARLEN=self.cu_seqlens is not None, REVERSE=reverse, LEAVING=left is not None,
-            HORIZON=horizon, STAGES=tile.stages, num_warps=tile.warps, **self._precision(),
+            HORIZON=horizon, STAGES=tile.stages, num_warps=tile.warps, **self._launch(early), **self._precision(),
         )  # fmt: skip
 
     def zero_padding(self, x: torch.Tensor) -> None:
@@ -428,8 +453,13 @@ class _Call:
             states, states if initial is None else initial, states if left is None else left, self.slopes,
             self.slopes if self.cu_seqlens is None else self.cu_seqlens, self.tokens, self.heads, segment, span or segment,
             D=self.dim, BLOCK=block, VARLEN=self.cu_seqlens is not None, REVERSE=reverse,
-            INITIAL=initial is not None, LEAVING=left is not None, STAGES=8,
+            INITIAL=initial is not None, LEAVING=left is not None, STAGES=8, **self._launch(True),
         )  # fmt: skip
+
+
+def _entry(entry: torch.Tensor | None, states: torch.Tensor | None, scanned: bool) -> int:
+    """ENTRY of a sweep."""
+    return (entry is not None) + (0 if states is None else 2 if scanned else 6)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -443,6 +473,7 @@ class _Plan:
     """Tokens of a span: of the forward sweep, of saved states and dq, of the reverse sweeps. Under a named strategy fixed.
 
     whole: whether a specialised program of these sweeps has a whole head, which changes no bits. parts: of a span, see `Spread`.
+    scanned: as in `_Call.sweep`, of the forward sweep and dq, and of the reverse sweep. Changes no bits either.
     """
 
     forward: int
@@ -452,6 +483,8 @@ class _Plan:
     dq_whole: bool = False
     forward_parts: int = 1
     parts: int = 1
+    scanned: bool = True
+    backward_scanned: bool = True
 
     @property
     def spacing(self) -> int:
@@ -459,7 +492,18 @@ class _Plan:
         return self.save // self.forward_parts
 
     @classmethod
-    def of(cls, call: _Call, strategy: str) -> "_Plan":
+    def of(cls, call: _Call, strategy: str, leaving: bool = False) -> "_Plan":
+        """leaving: whether final states are asked for, which a scan gives."""
+        plan = cls._spans(call, strategy)
+
+        def scanned(span: int, parts: int) -> bool:
+            return span == WHOLE or -(-call.tokens * parts // span) - 1 > SUMMED
+
+        forward, backward = scanned(plan.forward, plan.forward_parts), scanned(plan.backward, plan.parts)
+        return replace(plan, scanned=leaving or forward, backward_scanned=backward)
+
+    @classmethod
+    def _spans(cls, call: _Call, strategy: str) -> "_Plan":
         if strategy != "auto":
             span = SEGMENT if strategy == "segmented" else WHOLE
             whole = call.specialised and call.spread("specialised", "whole", segment=span).kind == "whole"
@@ -481,7 +525,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, slopes, initial_state, cu_seqlens, return_final_state: bool, strategy: str):
         call = _Call.of(q, slopes, cu_seqlens)
-        plan = _Plan.of(call, strategy)
+        plan = _Plan.of(call, strategy, return_final_state)
         q, k, v = (_readable(x) for x in (q, k, v))
         initial_state = None if initial_state is None else initial_state.contiguous()
         o = _output_like(q)
@@ -520,7 +564,7 @@ class _PackedAttention(torch.autograd.Function):
         activated = torch.nn.functional.silu(qkv) if activate else qkv
         q, k, v = _thirds(activated)
         call = _Call.of(q, slopes, cu_seqlens)
-        plan = _Plan.of(call, strategy)
+        plan = _Plan.of(call, strategy, return_final_state)
         initial_state = None if initial_state is None else initial_state.contiguous()
         o = _output_like(q)
         needed = any(ctx.needs_input_grad)
@@ -561,6 +605,7 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
     No states where dq too runs whole documents: it starts from their initial states. The final state of a document in spans
     is that of `scan_states`, so that a document cut between spans goes on with the same bits.
     """
+    assert plan.scanned or not leaving
     final_state = call.document_states() if leaving else None
     if not call.tokens or not call.documents:
         o.zero_()
@@ -584,7 +629,8 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
     else:
         states, part = call.states(plan.spacing), plan.spacing
         call.local_states(states, k, v, part, reverse=False, left=final_state, span=plan.forward)
-        call.scan(states, part, initial_state, final_state, reverse=False, span=plan.forward)
+        if plan.scanned:
+            call.scan(states, part, initial_state, final_state, reverse=False, span=plan.forward)
         call.sweep(
             q,
             k,
@@ -595,6 +641,8 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
             entry=initial_state,
             states=states,
             whole=plan.forward_whole,
+            scanned=plan.scanned,
+            early=True,
         )
     return final_state, states if saving else None
 
@@ -624,14 +672,17 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
         transposed=True,
         whole=plan.dq_whole,
         silu_input=None if silu_inputs is None else silu_inputs[0],
+        scanned=plan.scanned,
     )
     states, part = None, plan.backward // plan.parts
     if plan.backward != WHOLE:
         states = call.states(part)
-        call.local_states(states, q, do, part, reverse=True, span=plan.backward)
-        call.scan(states, part, dfinal, None, reverse=True, span=plan.backward)
+        call.local_states(states, q, do, part, reverse=True, span=plan.backward, early=True)
+        if plan.backward_scanned:
+            call.scan(states, part, dfinal, None, reverse=True, span=plan.backward)
     call.reverse_sweep(
         q, k, v, do, dk, dv, segment=plan.backward, spacing=part, entry=dfinal, states=states, left=dinitial,
+        scanned=plan.backward_scanned,
         silu_inputs=None if silu_inputs is None else silu_inputs[1:],
     )  # fmt: skip
     return dinitial
