@@ -77,19 +77,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     failures = []
     taken = 0
-    print(f"{'kernel':72} {'sm':>4} {'registers':>9} {'stack':>6} {'shared':>7}  hot loops (products, spills)")
+    print(f"{'kernel':80} {'sm':>4} {'registers':>9} {'stack':>6} {'shared':>7}  hot loops (products, spills)")
     for target in options.targets:
         for name, kernel, signature, constants, launch in _cases(target, every=options.all):
             if options.only not in name:
                 continue
             taken += 1
             if options.list:
-                print(f"{name:72} {target:>4}")
+                print(f"{name:80} {target:>4}")
                 continue
             registers, stack, shared, sass = _compile(kernel, signature, constants, launch, target)
             loops = hot_loops(sass)
             described = ", ".join(f"({loop.products}, {loop.spills})" for loop in loops) or "none"
-            print(f"{name:72} {target:>4} {registers:>9} {stack:>6} {shared:>7}  {described}", flush=True)
+            print(f"{name:80} {target:>4} {registers:>9} {stack:>6} {shared:>7}  {described}", flush=True)
             failures += [f"{name} for sm_{target} {fault}" for fault in faults(name, target, shared, loops, sass)]
     if not taken:
         print(f"--only {options.only}: no kernel's name contains this; leave it out to see all", file=sys.stderr)

@@ -54,17 +54,17 @@ def test_faults() -> None:
     assert [fault.split()[0] for fault in faults("k", 90, 0, [Loop(2, 0, 2)], "")] == ["waits"]
     assert not faults("sweep[256 fp32] reverse", 90, 0, [Loop(2, 9, 0)], "")
     scalars = [
-        faults("specialised reverse_sweep[128 bf16]", 90, 0, [Loop(8, n, 1), Loop(20, 4, 3)], "") for n in (8, 9)
+        faults("specialised reverse_sweep[128 bf16]", 90, 0, [Loop(8, n, 1), Loop(20, 4, 3)], "") for n in (11, 12)
     ]
-    assert not scalars[0] and scalars[1][0].startswith("spills: 13 ")
+    assert not scalars[0] and scalars[1][0].startswith("spills: 16 ")
 
 
 def test_the_check_compiles_what_the_operators_launch() -> None:
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "m1_kernels.compile_check", "--list", "--targets", "80", "90"]
     listed = subprocess.run(command, env=compiling, capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-    lightning = [re.fullmatch(r"(.*)\[(\d+) (\w+)\](.*)", line[:72].rstrip()) for line in listed]
-    found = {(line[72:].strip(), *match.groups()) for line, match in zip(listed, lightning) if match}
+    lightning = [re.fullmatch(r"(.*)\[(\d+) (\w+)\](.*)", line[:80].rstrip()) for line in listed]
+    found = {(line[80:].strip(), *match.groups()) for line, match in zip(listed, lightning) if match}
     for target, kernel in itertools.product(("80", "90"), ("sweep", "local_states")):
         for dim, kind in itertools.product(("64", "96", "128", "256"), ("bf16", "fp32")):
             special = "specialised " if (target, kernel, dim, kind) == ("90", "sweep", "128", "bf16") else ""
