@@ -12,6 +12,8 @@ import triton.language as tl
 __all__ = ["MAX_CHANNELS", "backward", "compile_cases", "forward"]
 
 MAX_CHANNELS = 8192
+SUM_ROWS, SUM_COLUMNS = 32, 64
+"""Tile of the sum over programs."""
 
 
 def forward(
@@ -81,7 +83,11 @@ def backward(
             grad, x, gate, weight_rows, scale, products, dx, dgate, partial, rows, channels, inner,
             *strides, *dx.stride()[:2], *dgate.stride()[:2], C=width, BLOCK=block, STAGES=_stages(3, width, x.dtype), **options,
         )  # fmt: skip
-    return dx.view(shape), dgate.view(shape), partial.sum(dim=0).to(weight.dtype)
+    dweight = torch.empty_like(weight_rows)
+    _sum_kernel[(triton.cdiv(width, SUM_COLUMNS),)](
+        partial, dweight, programs, C=width, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4
+    )
+    return dx.view(shape), dgate.view(shape), dweight
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -198,6 +204,18 @@ def _backward_kernel(
     tl.store(partial + program.to(tl.int64) * C + cols, dweights, mask=mask)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _sum_kernel(partial, out, rows, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out [C] = sum over the rows of partial [rows, C]."""
+    cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for first in range(0, rows, ROWS):
+        at = first + tl.arange(0, ROWS)
+        inside = (at < rows)[:, None] & (cols < C)[None, :]
+        total += tl.load(partial + at[:, None] * C + cols[None, :], mask=inside, other=0.0)
+    tl.store(out + cols, tl.sum(total, axis=0), mask=cols < C)
+
+
 def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object], dict[str, int]]]:
     """(name, kernel, signature, constexprs, options) of every kernel at M1's shapes, for offline compilation.
 
@@ -207,7 +225,7 @@ def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[
     types |= dict.fromkeys(("scale", "squares", "products", "partial"), "*fp32:16")
 
     def case(kernel, width, dtype, **constants):
-        constants |= {"C": width, "BLOCK": _block(width)}
+        constants |= {"C": width} if kernel is _sum_kernel else {"C": width, "BLOCK": _block(width)}
         if "STAGES" in kernel.arg_names:
             inputs = 3 if kernel is _backward_kernel else 2
             constants["STAGES"] = _stages(inputs, width, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
@@ -225,4 +243,5 @@ def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[
         cases.append(case(_backward_kernel, width, dtype, products=None, inner=1))
     for kernel in (_squares_kernel, _forward_kernel, _products_kernel, _backward_kernel):
         cases.append(case(kernel, 1024, "bf16"))
+    cases.append(case(_sum_kernel, 8192, "bf16", ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS))
     return cases
