@@ -39,7 +39,7 @@ ROWWISE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 def descriptor(x: Any, rows: int, columns: int) -> TensorDescriptor:
     """Of tiles [1, rows, 1, columns] of x [B, T, H, D], 16-bit, with strides that are multiples of 16 bytes."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], TILE)
+    return TensorDescriptor.from_tensor(x, [1, rows, 1, columns], TILE)
 
 
 @gluon.jit
@@ -216,7 +216,7 @@ def _advance(
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    Out, out_rows, stride_ot, X, origin, saved, left, across, ends, states_stride, SPACING = given[0]
+    Out, out_rows, stride_ot, X, origin, saved, left, across, ends, states_stride = given[0]
     a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched = given[1]
     slope, row, start, h, e, tokens, chunks, SAVE = given[2]
     # Here, not in front of all partitions: the first tiles would wait for it.
@@ -235,7 +235,7 @@ def _advance(
     state = gl.zeros([BV, D], gl.float32, of_state)
     if ENTRY:
         places = _places(e, across, 0, D, BV, of_state)
-        state = _enter(state, origin, places, True, s, states_stride, SPACING, ENTRY, False, PDL)
+        state = _enter(state, origin, places, True, PDL)
     if SILU_BACKWARD:
         # x comes where the result is to leave from.
         _fetch(X, fetched.index(HALF * 2), row, start, h, e, out_tiles.index(HALF * 2), chunks > 0)
@@ -319,11 +319,11 @@ def sweep(
     B_,
     V,
     Out,
+    X,
     OutRows,
     stride_ob,
     stride_ot,
     stride_oh,
-    X,
     Slopes,
     Cu,
     Entry,
@@ -352,7 +352,7 @@ def sweep(
     """As `triton_lightning.sweep`, forward. Grid: spans * H * D / BV / HALVES.
 
     HALVES: 2 has all value channels in one program, else 1.
-    SILU_BACKWARD: out is multiplied by the derivative of SiLU at X, a descriptor like Out.
+    SILU_BACKWARD: out is multiplied by the derivative of SiLU at X, a descriptor like Out; else X is None.
     """
     if PDL:
         gdc_launch_dependents()
@@ -364,7 +364,7 @@ def sweep(
     document = 0
     if VARLEN:
         document = _document(w, Cu, T, SEGMENT, documents)
-    row, document, start, tokens, is_first, is_last, begin, _ = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, is_first, is_last, _, _ = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
     across = D if TRANSPOSED else 1
     out_rows = OutRows + row.to(gl.int64) * stride_ob + h * stride_oh + e
 
@@ -381,9 +381,7 @@ def sweep(
             is_first = False
             is_last = False
 
-    origin = _origin(
-        Entry, States, row, document, h, start, start - begin, is_first, tokens, T, H, SPACING, D, ENTRY, False
-    )
+    origin = _origin(Entry, States, row, document, h, start, is_first, tokens, T, H, SPACING, D, ENTRY)
     saved = Saved + (_border(row, start, T, SAVE).to(gl.int64) * H + h) * D * D
     left = Left + (document.to(gl.int64) * H + h) * D * D
     slope = Slopes + h
@@ -411,7 +409,7 @@ def sweep(
     fence_async_shared()
 
     given = (
-        (Out, out_rows, stride_ot, X, origin, saved, left, across, is_last, H * D * D, SPACING),
+        (Out, out_rows, stride_ot, X, origin, saved, left, across, is_last, H * D * D),
         (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched),
         (slope, row, start, h, e, tokens, chunks, SAVE),
     )
