@@ -14,12 +14,14 @@ span; what is computed, and rounded where, is that of two sweeps of `triton_ligh
 from m1_kernels.gluon_lightning import (
     LOG2_E,
     ROWWISE,
+    _derive,
     _document,
     _fetch,
     _parts,
     _places,
-    _silu_backward,
+    _shift,
     _store_rows,
+    _times,
     _zero_rows,
 )
 from m1_kernels.triton_lightning import _enter, _origin, _span, _within
@@ -39,6 +41,7 @@ __all__ = ()
 @gluon.jit
 def _keep(
     load,
+    silu,
     kept,
     bars,
     sizes,
@@ -47,6 +50,8 @@ def _keep(
     HALF: gl.constexpr,
     ENTRY: gl.constexpr,
     LEAVING: gl.constexpr,
+    SILU_BACKWARD: gl.constexpr,
+    SHIFT: gl.constexpr,
     PDL: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -89,6 +94,11 @@ def _keep(
         _fetch(X, loaded.index(place), row, start + t - (STAGES - 1) * C, h, 0, x_tiles.index(place), needed)
         state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(free.index(stage), count=1)
+        if SILU_BACKWARD:
+            x_tile, fetched, derived = silu
+            mbarrier.wait(fetched, c & 1)
+            _derive(x_tile.reshape([C, D]), SHIFT)
+            mbarrier.arrive(derived, count=1)
         phase = phase ^ (stage == STAGES - 1).to(gl.int32)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     if LEAVING:
@@ -115,11 +125,12 @@ def _grad(
     TURNED: gl.constexpr,
     VARLEN: gl.constexpr,
     SILU_BACKWARD: gl.constexpr,
+    SHIFT: gl.constexpr,
     STAGES: gl.constexpr,
     OWN_STAGES: gl.constexpr,
 ):
     """out_j = sum_{i >= j} e^{-s(i-j)} (a_j . b_i) v_i, through the tiles of a. TURNED: the state is read transposed."""
-    A, X, a_tiles, x_tile, arrived, fetched = load
+    A, X, a_tiles, x_tile, arrived, fetched, derived = load
     b_tiles, v_tiles, rounded = tiles
     loaded, free, written, read = bars
     s, row, start, h, tokens, chunks, stride_ot = sizes
@@ -159,24 +170,24 @@ def _grad(
         j = (gl.arange(0, C, layout=gl.SliceLayout(1, of_scores)) + n // 2**30).to(gl.float32)
         i = gl.arange(0, C, layout=gl.SliceLayout(0, of_scores)).to(gl.float32)
         distance = i[None, :] - j[:, None]
-        scores = scores * gl.exp2(gl.where(distance >= 0, -s * distance, float("-inf")))
+        scores = scores * gl.exp2(gl.where(distance >= 0, -s * distance - SHIFT, float("-inf")))
         scores = gl.convert_layout(scores.to(dtype), operand)
         out = warpgroup_mma_wait(0, deps=[out])
         mbarrier.arrive(read, count=1)
         rows = gl.arange(0, C, layout=gl.SliceLayout(1, of_out))
-        out = out * gl.exp2(-s * gl.maximum(n - 1 - rows, 0).to(gl.float32))[:, None]
+        out = out * gl.exp2(-s * gl.maximum(n - 1 - rows, 0).to(gl.float32) - SHIFT)[:, None]
         out = warpgroup_mma(scores, v, out, is_async=True)
         out = warpgroup_mma_wait(0, deps=[out])
         mbarrier.arrive(free.index(stage), count=1)
         if SILU_BACKWARD:
-            mbarrier.wait(fetched, c & 1)
+            mbarrier.wait(derived, c & 1)
             # A few channels at a time, for want of registers.
             x = x_tile.reshape([C, D])
             left, right = _halves(out)
             quarters = _halves(left) + _halves(right)
             for place in gl.static_range(4):
                 quarter = gl.convert_layout(quarters[place], of_quarter, assert_trivial=True)
-                quarter = _silu_backward(quarter, x.slice(place * D // 4, D // 4, dim=1).load(of_quarter))
+                quarter = _times(quarter, x.slice(place * D // 4, D // 4, dim=1).load(of_quarter))
                 a.slice(place * D // 4, D // 4, dim=1).store(quarter.to(dtype))
         else:
             a.store(out.to(dtype))
@@ -236,6 +247,7 @@ def reverse_sweep(
     are not full. SEGMENT is a multiple of C, and of SPACING, the tokens between States. Entry, States, Left, ENTRY and LEAVING
     as in `triton_lightning.sweep` of (k, q, do, dv) in reverse.
     """
+    SHIFT: gl.constexpr = _shift(SILU_BACKWARD, DKRows.dtype.element_ty)
     pid = gl.program_id(0)
     w = pid // H
     h = pid % H
@@ -287,6 +299,8 @@ def reverse_sweep(
     v_arrived = gl.allocate_shared_memory(gl.int64, [OWN_STAGES, 1], mbarrier.MBarrierLayout())
     k_fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_derived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    v_derived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=2)
         mbarrier.init(free.index(stage), count=4)
@@ -297,6 +311,8 @@ def reverse_sweep(
     mbarrier.init(read, count=2)
     mbarrier.init(k_fetched, count=1)
     mbarrier.init(v_fetched, count=1)
+    mbarrier.init(k_derived, count=1)
+    mbarrier.init(v_derived, count=1)
     fence_async_shared()
     last = start + (chunks - 1) * C
     for stage in gl.static_range(STAGES):
@@ -321,20 +337,74 @@ def reverse_sweep(
     bars = (loaded, free, written, read)
     of_dv = (q_tiles, do_tiles, rounded)
     of_dk = (do_tiles, q_tiles, rounded)
-    keys = (K, VRaw, k_tiles, v_raw, k_arrived, v_fetched)
-    values = (V, KRaw, v_tiles, k_raw, v_arrived, k_fetched)
+    keys = (K, VRaw, k_tiles, v_raw, k_arrived, v_fetched, v_derived)
+    values = (V, KRaw, v_tiles, k_raw, v_arrived, k_fetched, k_derived)
     of_rows = (s, row, start, h, tokens, chunks, stride_ot)
     kept = (q_tiles, do_tiles, rounded, departs, origin, left, is_first)
     of_state = (s, row, start, h, tokens, chunks)
     gl.warp_specialize(
         [
-            (_grad, (DV, dv_rows, keys, of_dv, bars, of_rows, C, D, True, VARLEN, SILU_BACKWARD, STAGES, OWN_STAGES)),
             (
                 _grad,
-                (DK, dk_rows, values, of_dk, bars, of_rows, C, D, False, VARLEN, SILU_BACKWARD, STAGES, OWN_STAGES),
+                (DV, dv_rows, keys, of_dv, bars, of_rows, C, D, True, VARLEN, SILU_BACKWARD, SHIFT, STAGES, OWN_STAGES),
             ),
-            (_keep, ((Q, q_tiles), kept, bars, of_state, C, D, 0, ENTRY, LEAVING, PDL, STAGES)),
-            (_keep, ((DO, do_tiles), kept, bars, of_state, C, D, 1, ENTRY, LEAVING, PDL, STAGES)),
+            (
+                _grad,
+                (
+                    DK,
+                    dk_rows,
+                    values,
+                    of_dk,
+                    bars,
+                    of_rows,
+                    C,
+                    D,
+                    False,
+                    VARLEN,
+                    SILU_BACKWARD,
+                    SHIFT,
+                    STAGES,
+                    OWN_STAGES,
+                ),
+            ),
+            (
+                _keep,
+                (
+                    (Q, q_tiles),
+                    (k_raw, k_fetched, k_derived),
+                    kept,
+                    bars,
+                    of_state,
+                    C,
+                    D,
+                    0,
+                    ENTRY,
+                    LEAVING,
+                    SILU_BACKWARD,
+                    SHIFT,
+                    PDL,
+                    STAGES,
+                ),
+            ),
+            (
+                _keep,
+                (
+                    (DO, do_tiles),
+                    (v_raw, v_fetched, v_derived),
+                    kept,
+                    bars,
+                    of_state,
+                    C,
+                    D,
+                    1,
+                    ENTRY,
+                    LEAVING,
+                    SILU_BACKWARD,
+                    SHIFT,
+                    PDL,
+                    STAGES,
+                ),
+            ),
         ],
         [4, 4, 4],
         [128, 128, 128],
