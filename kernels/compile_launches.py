@@ -49,7 +49,7 @@ def _computes(case: Case) -> str:
     """Equal for launches whose loops hold the same products."""
     _, kernel, _, constants, _ = case
     transposed = constants.get("D") == M1_DIM and constants.get("TRANSPOSED")
-    return f"{kernel.__name__} {[constants.get(name) for name in ('REVERSE', 'HALVES')]} {transposed}"
+    return f"{kernel.__name__} {[constants.get(name) for name in ('REVERSE', 'HALVES', 'ACTIVATE', 'KeptRows')]} {transposed}"
 
 
 def _features(case: Case) -> int:
@@ -80,6 +80,11 @@ def _run(dim: int, dtype: torch.dtype, plan: _Plan, *, packed: bool, stateful: b
     state = torch.empty(3, HEADS, dim, dim) if stateful else None
     _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=stateful)
     call.zero_padding(torch.empty(*x.shape[:3], 3 * dim, dtype=dtype))
+    if call.specialised and plan.forward == WHOLE and not plan.forward_whole:
+        activated = torch.empty(*x.shape[:3], 3 * dim, dtype=dtype) if saving else None
+        triton_attention._forward(
+            call, plan, x, x, x, x, state, saving=saving, leaving=stateful, activate=True, activated=activated
+        )
     if saving:
         triton_attention._backward(call, plan, x, x, x, x, state, x, x, x, state, states)
 
@@ -113,7 +118,8 @@ def _recording(capability: int) -> Iterator[list[tuple[Any, tuple, dict[str, Any
 
 
 def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind: str) -> Case:
-    given = dict(zip(kernel.arg_names, positional)) | named
+    absent = {parameter.name: parameter.default for parameter in kernel.params if parameter.has_default}
+    given = absent | dict(zip(kernel.arg_names, positional)) | named
     options = {"num_warps": given.pop("num_warps", 4)}
     fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
@@ -124,6 +130,8 @@ def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind:
     label = "specialised " if kernel.is_gluon() else ""
     notes = ["whole"] if constants.get("HALVES") == 2 else []
     notes += [name.lower() for name in ("REVERSE", "TRANSPOSED", "SAVING", "LEAVING", "INITIAL") if constants.get(name)]
+    notes += ["activating"] if constants.get("ACTIVATE") else []
+    notes += ["keeping"] if "KeptRows" in signature and constants.get("KeptRows", 0) is not None else []
     notes += [f"entry {constants['ENTRY']}"] if constants.get("ENTRY") else []
     notes += ["packed"] if constants.get("VARLEN") else []
     notes += ["all tokens"] if constants.get("HORIZON") is False else []

@@ -6,6 +6,11 @@ Three partitions of a program work on different chunks at a time and meet at bar
     _score    four warps: the decayed scores b a^T of a chunk, rounded, into shared memory
     _advance  four warps: keep the state in registers, read it, add the scores' part, store, update it
 
+and, where SiLU is applied to a, b and v first, two more:
+
+    _activate four or eight warps: the tiles of a chunk in place
+    _keep     one warp: copies the activated tiles out, for the backward pass
+
 so that the tensor cores have products of one partition while the other rounds, scales or stores. What is computed, and
 rounded where, is that of `triton_lightning.sweep`: a program has one head, one span and 64 of the value channels, or all
 128 of them (HALVES = 2): two partitions `_advance` then share tiles and scores, and have the tensor cores in turn. With equal
@@ -14,6 +19,7 @@ spans the bits are the same.
 
 from typing import Any
 
+from m1_kernels.gluon_silu import silu
 from m1_kernels.triton_lightning import _border, _span, _within
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -106,6 +112,66 @@ def _score(
 
 
 @gluon.jit
+def _activate(
+    given,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    BV: gl.constexpr,
+    KEEPING: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    a_tiles, b_tiles, v_tiles, loaded, activated, kept_rows, stride_kt, start, e, tokens, chunks = given
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    for c in range(chunks):
+        stage = c % STAGES
+        mbarrier.wait(loaded.index(stage), (c // STAGES) & 1)
+        a = a_tiles.index(stage).reshape([C, D])
+        b = b_tiles.index(stage).reshape([C, D])
+        v = v_tiles.index(stage).reshape([C, BV])
+        # All are read before one is written: one barrier.
+        raw_a = a.load(layout)
+        raw_b = b.load(layout)
+        raw_v = v.load(layout)
+        a.store(silu(raw_a, GROUP))
+        b.store(silu(raw_b, GROUP))
+        v.store(silu(raw_v, GROUP))
+        fence_async_shared()
+        mbarrier.arrive(activated.index(stage), count=1)
+    if KEEPING:
+        c = chunks - 1
+        n = tokens - c * C
+        if (tokens > 0) & (n < C):
+            stage = c % STAGES
+            t = start + c * C
+            if e == 0:
+                _store_rows(kept_rows, a_tiles.index(stage).reshape([C, D]).load(layout), t, n, stride_kt, layout)
+            else:
+                _store_rows(kept_rows + D, b_tiles.index(stage).reshape([C, D]).load(layout), t, n, stride_kt, layout)
+            _store_rows(
+                kept_rows + 2 * D + e, v_tiles.index(stage).reshape([C, BV]).load(layout), t, n, stride_kt, layout
+            )
+
+
+@gluon.jit
+def _keep(given, C: gl.constexpr, STAGES: gl.constexpr):
+    KeptA, KeptB, KeptV, a_tiles, b_tiles, v_tiles, activated, free, row, start, h, e, tokens, chunks = given
+    for c in range(chunks):
+        stage = c % STAGES
+        t = start + c * C
+        mbarrier.wait(activated.index(stage), (c // STAGES) & 1)
+        if tokens - c * C >= C:
+            if e == 0:
+                tma.async_copy_shared_to_global(KeptA, [row, t, h, 0], a_tiles.index(stage))
+            else:
+                tma.async_copy_shared_to_global(KeptB, [row, t, h, 0], b_tiles.index(stage))
+            tma.async_copy_shared_to_global(KeptV, [row, t, h, e], v_tiles.index(stage))
+            tma.store_wait(0)
+        mbarrier.arrive(free.index(stage), count=1)
+
+
+@gluon.jit
 def _zero_rows(tile, n, C: gl.constexpr, E: gl.constexpr):
     """Zero the rows from n on of a tile [C, E] in shared memory: they may hold anything, NaN included."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -114,10 +180,10 @@ def _zero_rows(tile, n, C: gl.constexpr, E: gl.constexpr):
 
 
 @gluon.jit
-def _store_rows(rows, out, t, n, stride_t):
-    """Store the first n rows of out at the tokens from t on."""
-    i = gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, ROWWISE))
-    m = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, ROWWISE))
+def _store_rows(rows, out, t, n, stride_t, layout: gl.constexpr = ROWWISE):
+    """Store the first n rows of out, of that layout, at the tokens from t on."""
+    i = gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, layout))
+    m = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, layout))
     places = ((t + i).to(gl.int64) * stride_t)[:, None] + m[None, :]
     gl.store(rows + places, out, mask=(i < n)[:, None] & (m >= 0)[None, :])
 
@@ -308,11 +374,26 @@ def sweep(
     LEAVING: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
+    ACTIVATE: gl.constexpr = False,
+    KeptA=None,
+    KeptB=None,
+    KeptV=None,
+    KeptRows=None,
+    stride_kb=None,
+    stride_kt=None,
+    stride_kh=None,
+    WARPS: gl.constexpr = 4,
+    GROUP: gl.constexpr = 2,
+    SCOREREGS: gl.constexpr = 128,
+    ACTREGS: gl.constexpr = 112,
 ):
     """As `triton_lightning.sweep`, forward. Grid: spans * H * D / BV / HALVES.
 
     HALVES: 2 has all value channels in one program, else 1.
+    ACTIVATE: of SiLU of a, b and v, with HALVES = 1. KeptRows: None, or takes these [B, T, H, a | b | v]; KeptA, KeptB, KeptV are
+    descriptors of its parts, as A, B_ and V. Rows of no document are not written.
     """
+    KEEPING: gl.constexpr = KeptRows is not None
     BLOCKS: gl.constexpr = D // (BV * HALVES)
     pid = gl.program_id(0)
     w = pid // (H * BLOCKS)
@@ -370,17 +451,54 @@ def sweep(
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(scored.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=HALVES)
+        mbarrier.init(free.index(stage), count=HALVES + KEEPING)
+    ready = loaded
+    if ACTIVATE:
+        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
 
     given = (
         (Out, out_rows, stride_ot, entry, entered, saved, left, across, is_last, H * D * D),
-        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free),
+        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, ready, scored, free),
         (s, row, start, h, e, tokens, chunks, SAVE),
     )
-    score = (a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks)
+    score = (a_tiles, b_tiles, scores_tiles, ready, scored, s, tokens, chunks)
     load = (A, B_, V, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks)
-    if HALVES == 1:
+    if ACTIVATE:
+        gl.static_assert(HALVES == 1, "whole heads leave no registers for SiLU")
+        kept_rows = out_rows
+        kept_stride = stride_ot
+        if KEEPING:
+            kept_rows = KeptRows + row.to(gl.int64) * stride_kb + h.to(gl.int64) * stride_kh
+            kept_stride = stride_kt
+        activate = (a_tiles, b_tiles, v_tiles, loaded, ready, kept_rows, kept_stride, start, e, tokens, chunks)
+        if KEEPING:
+            keep = (KeptA, KeptB, KeptV, a_tiles, b_tiles, v_tiles, ready, free, row, start, h, e, tokens, chunks)
+            gl.warp_specialize(
+                [
+                    (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                    (_score, (score, C, D, HALVES, STAGES)),
+                    (_activate, (activate, C, D, BV, KEEPING, STAGES, WARPS, GROUP)),
+                    (_load, (load, C, BV, HALVES, STAGES)),
+                    (_keep, (keep, C, STAGES)),
+                ],
+                [4, WARPS, 1, 1],
+                [SCOREREGS, ACTREGS, 24, 24],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                    (_score, (score, C, D, HALVES, STAGES)),
+                    (_activate, (activate, C, D, BV, KEEPING, STAGES, WARPS, GROUP)),
+                    (_load, (load, C, BV, HALVES, STAGES)),
+                ],
+                [4, WARPS, 1],
+                [SCOREREGS, ACTREGS, 24],
+            )
+    elif HALVES == 1:
         gl.warp_specialize(
             [
                 (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),

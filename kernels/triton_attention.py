@@ -28,6 +28,7 @@ CHUNK = 64
 """Tokens of a chunk in half precision: where a prefill may be cut with bitwise equal results."""
 SEGMENT = 4096
 """Tokens of a span under strategy="segmented"; results depend on it in the last bits."""
+EXPERIMENT: dict[str, Any] = {}
 WHOLE = 2**30
 """Tokens of a span that no document reaches."""
 CHUNK_US = {"specialised": (2, 1.2), "whole": (1, 2.2), "backward": (1, 3.1)}
@@ -303,12 +304,16 @@ class _Call:
         save: int = WHOLE,
         left: torch.Tensor | None = None,
         whole: bool = False,
+        activate: bool = False,
+        activated: torch.Tensor | None = None,
     ) -> None:
         """Launch a sweep from the states `entry` of documents and `states` where spans meet.
 
         spacing: tokens between the states that there are, of which `segment`, the default, is a multiple.
         transposed: the states in memory are the transposes of the sweep's.
         whole: specialised programs have all value channels of a head, not 64: scores and tiles once per head, the same bits.
+        activate: the sweep is that of SiLU of a, b and v; specialised programs of half a head only. activated: takes them, packed
+            [B, T, H, 3D]; rows of no document are not written.
         """
         from m1_kernels import triton_lightning
 
@@ -331,10 +336,20 @@ class _Call:
                 for x, width in ((a, self.dim), (b, self.dim), (v, tile.values), (out, tile.values))
             )
             halves = self.blocks if whole else 1
+            assert not (activate and whole), "whole heads have no registers left for SiLU"
+            if activated is not None:
+                kept = zip(activated.split(self.dim, dim=-1), (self.dim, self.dim, tile.values), strict=True)
+                names = ("KeptA", "KeptB", "KeptV")
+                constants |= dict(zip(names, (gluon_lightning.descriptor(x, tile.chunk, width) for x, width in kept)))
+                strides = dict(zip(("stride_kb", "stride_kt", "stride_kh"), activated.stride()))
+                constants |= {"KeptRows": activated, **strides, **EXPERIMENT}
+            elif activate:
+                constants |= EXPERIMENT
             gluon_lightning.sweep[(grid // halves,)](
-                *tiles, out, *out.stride()[:3], self.slopes, *pointers, *sizes, HALVES=halves, **constants
+                *tiles, out, *out.stride()[:3], self.slopes, *pointers, *sizes, HALVES=halves, ACTIVATE=activate, **constants
             )
             return
+        assert not activate, "SiLU is a pass of its own there"
         wide, narrow = (tile.chunk, self.padded_dim), (tile.chunk, tile.values)
         triton_lightning.sweep[(grid,)](
             self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow), self.descriptor(out, *narrow),
@@ -493,13 +508,13 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, slopes, initial_state, cu_seqlens, return_final_state: bool, activate: bool, strategy: str):
         qkv = _readable(qkv)
-        q, k, v = _activated(qkv, activate)
-        call = _Call.of(q, slopes, cu_seqlens)
+        call = _Call.of(qkv.split(qkv.shape[-1] // 3, dim=-1)[0], slopes, cu_seqlens)
         plan = _Plan.of(call, strategy)
         initial_state = None if initial_state is None else initial_state.contiguous()
-        o = _output_like(q)
         needed = any(ctx.needs_input_grad)
-        final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
+        o, final_state, states, _ = _packed_forward(
+            call, plan, qkv, initial_state, activate=activate, saving=needed, leaving=return_final_state
+        )
         ctx.call, ctx.plan, ctx.activate = call, plan, activate
         ctx.save_for_backward(qkv, initial_state, states, call.slopes, call.cu_seqlens)
         ctx.set_materialize_grads(False)
@@ -527,9 +542,43 @@ def _activated(qkv: torch.Tensor, activate: bool) -> tuple[torch.Tensor, ...]:
     return qkv.split(qkv.shape[-1] // 3, dim=-1)
 
 
-def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: bool, leaving: bool):
+def _packed_forward(
+    call: _Call, plan: _Plan, qkv: torch.Tensor, initial_state, *, activate: bool, saving: bool, leaving: bool
+):
+    """(o, final state, states, activated qkv): the second and third as of `_forward`; the last None where not `saving` or not `activate`.
+
+    Where it can, the sweep itself applies SiLU: its q, k and v are then unwritten in the padding of a pack.
+    """
+    fused = activate and call.specialised and plan.forward == WHOLE and not plan.forward_whole
+    fused = fused and call.tokens > 0 and call.documents > 0
+    if fused:
+        activated = _output_like(qkv) if saving else None
+    else:
+        activated = torch.nn.functional.silu(qkv) if activate else None
+    q, k, v = (qkv if fused or activated is None else activated).split(call.dim, dim=-1)
+    o = _output_like(q)
+    silu = {"activate": True, "activated": activated} if fused else {}
+    final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=saving, leaving=leaving, **silu)
+    return o, final_state, states, activated if saving else None
+
+
+def _forward(
+    call: _Call,
+    plan: _Plan,
+    q,
+    k,
+    v,
+    o,
+    initial_state,
+    *,
+    saving: bool,
+    leaving: bool,
+    activate: bool = False,
+    activated: torch.Tensor | None = None,
+):
     """Write o; returns (final state [S, H, D, D] if `leaving`, states where spans of plan.save meet if `saving`).
 
+    activate, activated: as of `_Call.sweep`, where the plan has whole documents.
     No states where dq too runs whole documents: it starts from their initial states. The final state of a document in spans
     is that of `scan_states`, so that a document cut between spans goes on with the same bits.
     """
@@ -552,6 +601,8 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
             save=plan.save,
             left=final_state,
             whole=plan.forward_whole,
+            activate=activate,
+            activated=activated,
         )
     else:
         states, part = call.states(plan.spacing), plan.spacing
