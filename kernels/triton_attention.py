@@ -346,7 +346,15 @@ class _Call:
             elif activate:
                 constants |= EXPERIMENT
             gluon_lightning.sweep[(grid // halves,)](
-                *tiles, out, *out.stride()[:3], self.slopes, *pointers, *sizes, HALVES=halves, ACTIVATE=activate, **constants
+                *tiles,
+                out,
+                *out.stride()[:3],
+                self.slopes,
+                *pointers,
+                *sizes,
+                HALVES=halves,
+                ACTIVATE=activate,
+                **constants,
             )
             return
         assert not activate, "SiLU is a pass of its own there"
