@@ -8,7 +8,7 @@ Three partitions of a program work on different chunks at a time and meet at bar
 
 and, where SiLU is applied to a, b and v first, two more:
 
-    _activate four or eight warps: the tiles of a chunk in place
+    _activate the tiles of a chunk in place: one partition, or two that share the rows, the tiles or the chunks
     _keep     one warp: copies the activated tiles out, for the backward pass
 
 so that the tensor cores have products of one partition while the other rounds, scales or stores. What is computed, and
@@ -117,41 +117,72 @@ def _activate(
     C: gl.constexpr,
     D: gl.constexpr,
     BV: gl.constexpr,
+    FIRST: gl.constexpr,
+    STEP: gl.constexpr,
+    ROW: gl.constexpr,
+    ROWS: gl.constexpr,
+    KEYS: gl.constexpr,
+    VALUES: gl.constexpr,
+    AHEAD: gl.constexpr,
     KEEPING: gl.constexpr,
     STAGES: gl.constexpr,
     WARPS: gl.constexpr,
     GROUP: gl.constexpr,
 ):
+    """Of chunks FIRST, FIRST + STEP..: the rows from ROW on of a and b (KEYS) and of v (VALUES)."""
     a_tiles, b_tiles, v_tiles, loaded, activated, kept_rows, stride_kt, start, e, tokens, chunks = given
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    for c in range(chunks):
+    for c in range(FIRST, chunks, STEP):
         stage = c % STAGES
         mbarrier.wait(loaded.index(stage), (c // STAGES) & 1)
-        a = a_tiles.index(stage).reshape([C, D])
-        b = b_tiles.index(stage).reshape([C, D])
-        v = v_tiles.index(stage).reshape([C, BV])
-        # All are read before one is written: one barrier.
-        raw_a = a.load(layout)
-        raw_b = b.load(layout)
-        raw_v = v.load(layout)
-        a.store(silu(raw_a, GROUP))
-        b.store(silu(raw_b, GROUP))
-        v.store(silu(raw_v, GROUP))
+        # Few barriers: as many tiles as registers take, AHEAD, are read before one is written.
+        if KEYS:
+            a = _rows(a_tiles, stage, C, D, ROW, ROWS)
+            b = _rows(b_tiles, stage, C, D, ROW, ROWS)
+            raw_a = a.load(layout)
+            if AHEAD > 1:
+                raw_b = b.load(layout)
+        if VALUES:
+            v = _rows(v_tiles, stage, C, BV, ROW, ROWS)
+            if AHEAD > 2 or not KEYS:
+                raw_v = v.load(layout)
+        if KEYS:
+            a.store(silu(raw_a, GROUP))
+            if AHEAD == 1:
+                raw_b = b.load(layout)
+            if VALUES and AHEAD == 2:
+                raw_v = v.load(layout)
+            b.store(silu(raw_b, GROUP))
+        if VALUES:
+            if KEYS and AHEAD == 1:
+                raw_v = v.load(layout)
+            v.store(silu(raw_v, GROUP))
         fence_async_shared()
         mbarrier.arrive(activated.index(stage), count=1)
     if KEEPING:
         c = chunks - 1
-        n = tokens - c * C
-        if (tokens > 0) & (n < C):
+        n = tokens - c * C - ROW
+        if (tokens > 0) & (n < C - ROW) & (c % STEP == FIRST):
             stage = c % STAGES
-            t = start + c * C
-            if e == 0:
-                _store_rows(kept_rows, a_tiles.index(stage).reshape([C, D]).load(layout), t, n, stride_kt, layout)
-            else:
-                _store_rows(kept_rows + D, b_tiles.index(stage).reshape([C, D]).load(layout), t, n, stride_kt, layout)
-            _store_rows(
-                kept_rows + 2 * D + e, v_tiles.index(stage).reshape([C, BV]).load(layout), t, n, stride_kt, layout
-            )
+            t = start + c * C + ROW
+            if KEYS:
+                if e == 0:
+                    _store_rows(kept_rows, _rows(a_tiles, stage, C, D, ROW, ROWS).load(layout), t, n, stride_kt, layout)
+                else:
+                    b = _rows(b_tiles, stage, C, D, ROW, ROWS)
+                    _store_rows(kept_rows + D, b.load(layout), t, n, stride_kt, layout)
+            if VALUES:
+                v = _rows(v_tiles, stage, C, BV, ROW, ROWS)
+                _store_rows(kept_rows + 2 * D + e, v.load(layout), t, n, stride_kt, layout)
+
+
+@gluon.jit
+def _rows(tiles, stage, C: gl.constexpr, E: gl.constexpr, ROW: gl.constexpr, ROWS: gl.constexpr):
+    """The rows [ROWS, E] from ROW on of a tile."""
+    tile = tiles.index(stage).reshape([C, E])
+    if ROWS < C:
+        tile = tile.slice(ROW, ROWS)
+    return tile
 
 
 @gluon.jit
@@ -260,11 +291,15 @@ def _advance(
     LEAVING: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
+    WIDTH: gl.constexpr,
+    LEAN: gl.constexpr,
 ):
     Out, out_rows, stride_ot, entry, entered, saved, left, across, ends, states_stride = given[0]
     a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free = given[1]
     s, row, start, h, e, tokens, chunks, SAVE = given[2]
-    of_state: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    of_state: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16]
+    )
     of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     values_operand: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
@@ -314,7 +349,7 @@ def _advance(
             mbarrier.wait(scored.index(stage), phase)
             within = gl.convert_layout(values, state_operand)
             within = warpgroup_mma(within, scores_tiles.index(stage), zeros, use_acc=False, is_async=True)
-            if HALVES == 2:
+            if LEAN:
                 # Gives the operand's registers back: with 208 all products would be serialised. The other half's run meanwhile.
                 past = warpgroup_mma_wait(1, deps=[past])
             depart = departs.load(gl.SliceLayout(0, values_operand))
@@ -382,10 +417,13 @@ def sweep(
     stride_kb=None,
     stride_kt=None,
     stride_kh=None,
-    WARPS: gl.constexpr = 4,
+    SPLIT: gl.constexpr = "one",
+    WARPS: gl.constexpr = 8,
     GROUP: gl.constexpr = 2,
-    SCOREREGS: gl.constexpr = 128,
-    ACTREGS: gl.constexpr = 112,
+    SCOREREGS: gl.constexpr = 80,
+    ACTREGS: gl.constexpr = 64,
+    LEAN: gl.constexpr = False,
+    AHEAD: gl.constexpr = 3,
 ):
     """As `triton_lightning.sweep`, forward. Grid: spans * H * D / BV / HALVES.
 
@@ -456,7 +494,7 @@ def sweep(
     if ACTIVATE:
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
-            mbarrier.init(ready.index(stage), count=1)
+            mbarrier.init(ready.index(stage), count=2 if SPLIT == "values" or SPLIT == "rows" else 1)
     fence_async_shared()
 
     given = (
@@ -474,34 +512,118 @@ def sweep(
             kept_rows = KeptRows + row.to(gl.int64) * stride_kb + h.to(gl.int64) * stride_kh
             kept_stride = stride_kt
         activate = (a_tiles, b_tiles, v_tiles, loaded, ready, kept_rows, kept_stride, start, e, tokens, chunks)
+        STEP: gl.constexpr = 2 if SPLIT == "turns" else 1
+        ROWS: gl.constexpr = C // 2 if SPLIT == "rows" else C
+        ONE_V: gl.constexpr = SPLIT != "values"
+        TWO_K: gl.constexpr = SPLIT != "values"
+        V_WARPS: gl.constexpr = 4 if SPLIT == "values" else WARPS
+        # The launch of more than 20 warps has less than the 94 registers that a product of 128 columns takes.
+        WIDTH: gl.constexpr = D if WARPS + (V_WARPS if SPLIT != "one" else 0) <= 8 else D // 2
+        keep = (KeptA, KeptB, KeptV, a_tiles, b_tiles, v_tiles, ready, free, row, start, h, e, tokens, chunks)
         if KEEPING:
-            keep = (KeptA, KeptB, KeptV, a_tiles, b_tiles, v_tiles, ready, free, row, start, h, e, tokens, chunks)
-            gl.warp_specialize(
-                [
-                    (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
-                    (_score, (score, C, D, HALVES, STAGES)),
-                    (_activate, (activate, C, D, BV, KEEPING, STAGES, WARPS, GROUP)),
-                    (_load, (load, C, BV, HALVES, STAGES)),
-                    (_keep, (keep, C, STAGES)),
-                ],
-                [4, WARPS, 1, 1],
-                [SCOREREGS, ACTREGS, 24, 24],
-            )
+            if SPLIT == "one":
+                gl.warp_specialize(
+                    [
+                        (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, WIDTH, LEAN)),
+                        (_score, (score, C, D, HALVES, STAGES)),
+                        (
+                            _activate,
+                            (activate, C, D, BV, 0, STEP, 0, ROWS, True, ONE_V, AHEAD, KEEPING, STAGES, WARPS, GROUP),
+                        ),
+                        (_load, (load, C, BV, HALVES, STAGES)),
+                        (_keep, (keep, C, STAGES)),
+                    ],
+                    [4, WARPS, 1, 1],
+                    [SCOREREGS, ACTREGS, 24, 24],
+                )
+            else:
+                gl.warp_specialize(
+                    [
+                        (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, WIDTH, LEAN)),
+                        (_score, (score, C, D, HALVES, STAGES)),
+                        (
+                            _activate,
+                            (activate, C, D, BV, 0, STEP, 0, ROWS, True, ONE_V, AHEAD, KEEPING, STAGES, WARPS, GROUP),
+                        ),
+                        (
+                            _activate,
+                            (
+                                activate,
+                                C,
+                                D,
+                                BV,
+                                STEP - 1,
+                                STEP,
+                                C - ROWS,
+                                ROWS,
+                                TWO_K,
+                                True,
+                                AHEAD,
+                                KEEPING,
+                                STAGES,
+                                V_WARPS,
+                                GROUP,
+                            ),
+                        ),
+                        (_load, (load, C, BV, HALVES, STAGES)),
+                        (_keep, (keep, C, STAGES)),
+                    ],
+                    [4, WARPS, V_WARPS, 1, 1],
+                    [SCOREREGS, ACTREGS, ACTREGS, 24, 24],
+                )
         else:
-            gl.warp_specialize(
-                [
-                    (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
-                    (_score, (score, C, D, HALVES, STAGES)),
-                    (_activate, (activate, C, D, BV, KEEPING, STAGES, WARPS, GROUP)),
-                    (_load, (load, C, BV, HALVES, STAGES)),
-                ],
-                [4, WARPS, 1],
-                [SCOREREGS, ACTREGS, 24],
-            )
+            if SPLIT == "one":
+                gl.warp_specialize(
+                    [
+                        (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, WIDTH, LEAN)),
+                        (_score, (score, C, D, HALVES, STAGES)),
+                        (
+                            _activate,
+                            (activate, C, D, BV, 0, STEP, 0, ROWS, True, ONE_V, AHEAD, KEEPING, STAGES, WARPS, GROUP),
+                        ),
+                        (_load, (load, C, BV, HALVES, STAGES)),
+                    ],
+                    [4, WARPS, 1],
+                    [SCOREREGS, ACTREGS, 24],
+                )
+            else:
+                gl.warp_specialize(
+                    [
+                        (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, WIDTH, LEAN)),
+                        (_score, (score, C, D, HALVES, STAGES)),
+                        (
+                            _activate,
+                            (activate, C, D, BV, 0, STEP, 0, ROWS, True, ONE_V, AHEAD, KEEPING, STAGES, WARPS, GROUP),
+                        ),
+                        (
+                            _activate,
+                            (
+                                activate,
+                                C,
+                                D,
+                                BV,
+                                STEP - 1,
+                                STEP,
+                                C - ROWS,
+                                ROWS,
+                                TWO_K,
+                                True,
+                                AHEAD,
+                                KEEPING,
+                                STAGES,
+                                V_WARPS,
+                                GROUP,
+                            ),
+                        ),
+                        (_load, (load, C, BV, HALVES, STAGES)),
+                    ],
+                    [4, WARPS, V_WARPS, 1],
+                    [SCOREREGS, ACTREGS, ACTREGS, 24],
+                )
     elif HALVES == 1:
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, D, HALVES == 2)),
                 (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],
@@ -511,8 +633,8 @@ def sweep(
     else:
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
-                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, D, HALVES == 2)),
+                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, D, HALVES == 2)),
                 (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],
