@@ -18,7 +18,11 @@ M1_DIM = 128
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKENS, HEADS = 333, 16  # sizes that 16 does and does not divide, as most are
 SPANS = ((WHOLE, WHOLE, WHOLE), (WHOLE, SEGMENT, SEGMENT), (SEGMENT, SEGMENT, SEGMENT))
-PLANS = tuple(_Plan(*spans, whole, whole) for spans in SPANS for whole in (False, True))
+PLANS = tuple(
+    _Plan(*spans, whole, whole, scanned=scanned, backward_scanned=scanned)
+    for spans, whole, scanned in itertools.product(SPANS, (False, True), (False, True))
+    if scanned or spans[0] != WHOLE
+)
 FEATURES = ("VARLEN", "ENTRY", "SAVING", "LEAVING", "INITIAL", "HORIZON")
 
 # name, kernel, signature, constexprs, options
@@ -29,7 +33,8 @@ def cases(capability: int, *, every: bool = False) -> list[Case]:
     """Kernels of the forward, backward and state passes as compute capability `capability` (times ten) launches them.
 
     At head_dim DIMS in DTYPES; `every` variant, or of those that compute the same the one that has most around its loop. Without
-    `every`, float16 only in the first launch of a width, and transposed states only at M1's width: the loops are the same.
+    `every`, float16 only in the first launch of a width and where SiLU is applied, and transposed states only at M1's width: the loops are
+    the same.
     """
     found: dict[str, Case] = {}
     contents = set()
@@ -41,15 +46,19 @@ def cases(capability: int, *, every: bool = False) -> list[Case]:
                 contents.add(content)
                 alike.setdefault(case[0] if every else _computes(case), []).append(case)
         chosen = [max(variants, key=_features) for variants in alike.values()]
-        found |= {case[0]: case for case in (chosen[:1] if dtype == torch.float16 and not every else chosen)}
+        if dtype == torch.float16 and not every:
+            chosen = [case for case in chosen if case is chosen[0] or case[3].get("ACTIVATE")]
+        found |= {case[0]: case for case in chosen}
     return list(found.values())
 
 
 def _computes(case: Case) -> str:
-    """Equal for launches whose loops hold the same products."""
+    """Equal for launches whose loops compute the same, behind a sum of states or none."""
     _, kernel, _, constants, _ = case
     transposed = constants.get("D") == M1_DIM and constants.get("TRANSPOSED")
-    return f"{kernel.__name__} {[constants.get(name) for name in ('REVERSE', 'HALVES', 'ACTIVATE', 'KeptRows')]} {transposed}"
+    summing = constants.get("ENTRY", 0) >= 4
+    loops = [constants.get(name) for name in ("REVERSE", "HALVES", "SILU_BACKWARD", "ACTIVATE")]
+    return f"{kernel.__name__} {loops} {'KeptRows' in constants} {transposed} {summing}"
 
 
 def _features(case: Case) -> int:
@@ -78,15 +87,17 @@ def _run(dim: int, dtype: torch.dtype, plan: _Plan, *, packed: bool, stateful: b
     x, slopes, edges = _inputs(dim, dtype, packed)
     call = _Call.of(x, slopes, edges)
     state = torch.empty(3, HEADS, dim, dim) if stateful else None
-    _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=stateful)
-    call.zero_padding(torch.empty(*x.shape[:3], 3 * dim, dtype=dtype))
+    leaving = stateful and plan.scanned
+    _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=leaving)
     if call.specialised and plan.forward == WHOLE and not plan.forward_whole:
-        activated = torch.empty(*x.shape[:3], 3 * dim, dtype=dtype) if saving else None
-        triton_attention._forward(
-            call, plan, x, x, x, x, state, saving=saving, leaving=stateful, activate=True, activated=activated
-        )
+        for activated in (None, torch.empty(*x.shape[:3], 3 * dim, dtype=dtype)) if saving else (None,):
+            triton_attention._forward(
+                call, plan, x, x, x, x, state, saving=saving, leaving=leaving, activate=True, activated=activated
+            )
+    call.zero_padding(torch.empty(*x.shape[:3], 3 * dim, dtype=dtype))
     if saving:
-        triton_attention._backward(call, plan, x, x, x, x, state, x, x, x, state, states)
+        for silu_inputs in (None, (x, x, x)) if call.specialised else (None,):
+            triton_attention._backward(call, plan, x, x, x, x, state, x, x, x, state, states, silu_inputs)
 
 
 @contextmanager
@@ -120,7 +131,7 @@ def _recording(capability: int) -> Iterator[list[tuple[Any, tuple, dict[str, Any
 def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind: str) -> Case:
     absent = {parameter.name: parameter.default for parameter in kernel.params if parameter.has_default}
     given = absent | dict(zip(kernel.arg_names, positional)) | named
-    options = {"num_warps": given.pop("num_warps", 4)}
+    options = {"num_warps": given.pop("num_warps", 4), "launch_pdl": given.pop("launch_pdl", False)}
     fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     constants = {name: value for name, value in given.items() if name in fixed or value is None}
@@ -129,9 +140,12 @@ def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind:
     }
     label = "specialised " if kernel.is_gluon() else ""
     notes = ["whole"] if constants.get("HALVES") == 2 else []
-    notes += [name.lower() for name in ("REVERSE", "TRANSPOSED", "SAVING", "LEAVING", "INITIAL") if constants.get(name)]
-    notes += ["activating"] if constants.get("ACTIVATE") else []
-    notes += ["keeping"] if "KeptRows" in signature and constants.get("KeptRows", 0) is not None else []
+    notes += [
+        name.lower()
+        for name in ("REVERSE", "TRANSPOSED", "SAVING", "LEAVING", "INITIAL", "SILU_BACKWARD", "ACTIVATE")
+        if constants.get(name)
+    ]
+    notes += ["keeping"] if signature.get("KeptRows", "constexpr") != "constexpr" else []
     notes += [f"entry {constants['ENTRY']}"] if constants.get("ENTRY") else []
     notes += ["packed"] if constants.get("VARLEN") else []
     notes += ["all tokens"] if constants.get("HORIZON") is False else []

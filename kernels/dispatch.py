@@ -122,13 +122,16 @@ def lightning_attention_packed(
     cu_seqlens: torch.Tensor | None = None,
     return_final_state: bool = False,
     activation: str | None = "silu",
+    recompute_activation: bool = False,
     implementation: str = "auto",
     strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`lightning_attention` of the parts [q|k|v] of activation(qkv); qkv [B, T, H, 3D] is the projection as it comes.
 
-    activation: "silu", rounded to the dtype of qkv, or None. Saves qkv alone for the backward, which computes the activation
-    again and writes one gradient [B, T, H, 3D], the activation's derivative included. o is time-major where qkv is.
+    activation: "silu", rounded to the dtype of qkv, or None. The backward writes one gradient [B, T, H, 3D], the activation's
+    derivative included. o is time-major where qkv is.
+    recompute_activation: saves qkv alone, and the backward computes the activation again, a pass that reads and writes a tensor
+    like qkv. Else the Triton kernels save activation(qkv) too; the torch path never does.
     The rest as in `lightning_attention`.
     """
     if activation not in ("silu", None):
@@ -138,9 +141,12 @@ def lightning_attention_packed(
     q, k, v = qkv.detach().split(qkv.shape[-1] // 3, dim=-1)
     _check(q, k, v, slopes, initial_state, cu_seqlens)
     chosen = choose("lightning_attention_packed", PACKED_IMPLEMENTATIONS, implementation, qkv)
+    options: dict[str, Any] = _strategy(chosen, strategy)
+    if chosen.why == TRITON_REASON:
+        options["recompute_activation"] = recompute_activation
     return chosen.run(
         qkv, slopes, initial_state=initial_state, cu_seqlens=cu_seqlens, return_final_state=return_final_state,
-        activation=activation, **_strategy(chosen, strategy),
+        activation=activation, **options,
     )  # fmt: skip
 
 

@@ -6,21 +6,24 @@ Three partitions of a program work on different chunks at a time and meet at bar
     _score    four warps: the decayed scores b a^T of a chunk, rounded, into shared memory
     _advance  four warps: keep the state in registers, read it, add the scores' part, store, update it
 
-and, where SiLU is applied to a, b and v first, two more:
+and, where a, b and v are to be SiLU of what is in memory (ACTIVATE), three more:
 
-    _activate the tiles of a chunk in place: one partition, or two that share the rows, the tiles or the chunks
-    _keep     one warp: copies the activated tiles out, for the backward pass
+    _activate eight warps, twice: the tiles of every other chunk in place
+    _keep     one warp: copies them out as well, for the backward pass
 
 so that the tensor cores have products of one partition while the other rounds, scales or stores. What is computed, and
 rounded where, is that of `triton_lightning.sweep`: a program has one head, one span and 64 of the value channels, or all
 128 of them (HALVES = 2): two partitions `_advance` then share tiles and scores, and have the tensor cores in turn. With equal
 spans the bits are the same.
+
+With `_activate` a program has 28 warps, at 72 registers when launched, which they share out anew: 208 for `_advance`, 80 for
+`_score`, 48 for `_activate`, which therefore has one tile at a time. Two partitions `_advance` of a whole head leave no room for it.
 """
 
 from typing import Any
 
-from m1_kernels.gluon_silu import silu
-from m1_kernels.triton_lightning import _border, _span, _within
+from m1_kernels.triton_lightning import _border, _enter, _origin, _span, _within
+from m1_kernels.triton_silu import silu
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import debug_barrier
+from triton.language.extra.cuda import gdc_launch_dependents
 
 __all__ = ["descriptor"]
 
@@ -91,7 +95,8 @@ def _score(
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    a_tiles, b_tiles, scores_tiles, loaded, scored, s, tokens, chunks = given
+    a_tiles, b_tiles, scores_tiles, loaded, scored, slope, tokens, chunks = given
+    s = gl.load(slope) * LOG2_E
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     j = gl.arange(0, C, layout=gl.SliceLayout(1, layout))
     pairs = _pairs(s, 0, C, layout)
@@ -114,92 +119,58 @@ def _score(
 @gluon.jit
 def _activate(
     given,
+    FIRST: gl.constexpr,
     C: gl.constexpr,
     D: gl.constexpr,
     BV: gl.constexpr,
-    FIRST: gl.constexpr,
-    STEP: gl.constexpr,
-    ROW: gl.constexpr,
-    ROWS: gl.constexpr,
-    KEYS: gl.constexpr,
-    VALUES: gl.constexpr,
-    AHEAD: gl.constexpr,
     KEEPING: gl.constexpr,
     STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
-    GROUP: gl.constexpr,
 ):
-    """Of chunks FIRST, FIRST + STEP..: the rows from ROW on of a and b (KEYS) and of v (VALUES)."""
+    """The tiles of chunks FIRST, FIRST + 2, ..; the last chunk of all, if it is not full, is stored too (KEEPING)."""
     a_tiles, b_tiles, v_tiles, loaded, activated, kept_rows, stride_kt, start, e, tokens, chunks = given
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    for c in range(FIRST, chunks, STEP):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    for c in range(FIRST, chunks, 2):
         stage = c % STAGES
         mbarrier.wait(loaded.index(stage), (c // STAGES) & 1)
-        # Few barriers: as many tiles as registers take, AHEAD, are read before one is written.
-        if KEYS:
-            a = _rows(a_tiles, stage, C, D, ROW, ROWS)
-            b = _rows(b_tiles, stage, C, D, ROW, ROWS)
-            raw_a = a.load(layout)
-            if AHEAD > 1:
-                raw_b = b.load(layout)
-        if VALUES:
-            v = _rows(v_tiles, stage, C, BV, ROW, ROWS)
-            if AHEAD > 2 or not KEYS:
-                raw_v = v.load(layout)
-        if KEYS:
-            a.store(silu(raw_a, GROUP))
-            if AHEAD == 1:
-                raw_b = b.load(layout)
-            if VALUES and AHEAD == 2:
-                raw_v = v.load(layout)
-            b.store(silu(raw_b, GROUP))
-        if VALUES:
-            if KEYS and AHEAD == 1:
-                raw_v = v.load(layout)
-            v.store(silu(raw_v, GROUP))
+        a = a_tiles.index(stage).reshape([C, D])
+        a.store(silu(a.load(layout)))
+        b = b_tiles.index(stage).reshape([C, D])
+        b.store(silu(b.load(layout)))
+        v = v_tiles.index(stage).reshape([C, BV])
+        v.store(silu(v.load(layout)))
         fence_async_shared()
         mbarrier.arrive(activated.index(stage), count=1)
     if KEEPING:
         c = chunks - 1
-        n = tokens - c * C - ROW
-        if (tokens > 0) & (n < C - ROW) & (c % STEP == FIRST):
+        n = tokens - c * C
+        if (tokens > 0) & (n < C) & (c % 2 == FIRST):
             stage = c % STAGES
-            t = start + c * C + ROW
-            if KEYS:
-                if e == 0:
-                    _store_rows(kept_rows, _rows(a_tiles, stage, C, D, ROW, ROWS).load(layout), t, n, stride_kt, layout)
-                else:
-                    b = _rows(b_tiles, stage, C, D, ROW, ROWS)
-                    _store_rows(kept_rows + D, b.load(layout), t, n, stride_kt, layout)
-            if VALUES:
-                v = _rows(v_tiles, stage, C, BV, ROW, ROWS)
-                _store_rows(kept_rows + 2 * D + e, v.load(layout), t, n, stride_kt, layout)
-
-
-@gluon.jit
-def _rows(tiles, stage, C: gl.constexpr, E: gl.constexpr, ROW: gl.constexpr, ROWS: gl.constexpr):
-    """The rows [ROWS, E] from ROW on of a tile."""
-    tile = tiles.index(stage).reshape([C, E])
-    if ROWS < C:
-        tile = tile.slice(ROW, ROWS)
-    return tile
-
-
-@gluon.jit
-def _keep(given, C: gl.constexpr, STAGES: gl.constexpr):
-    KeptA, KeptB, KeptV, a_tiles, b_tiles, v_tiles, activated, free, row, start, h, e, tokens, chunks = given
-    for c in range(chunks):
-        stage = c % STAGES
-        t = start + c * C
-        mbarrier.wait(activated.index(stage), (c // STAGES) & 1)
-        if tokens - c * C >= C:
+            t = start + c * C
             if e == 0:
-                tma.async_copy_shared_to_global(KeptA, [row, t, h, 0], a_tiles.index(stage))
+                _store_rows(kept_rows, a_tiles.index(stage).reshape([C, D]).load(layout), t, n, stride_kt, layout)
             else:
-                tma.async_copy_shared_to_global(KeptB, [row, t, h, 0], b_tiles.index(stage))
-            tma.async_copy_shared_to_global(KeptV, [row, t, h, e], v_tiles.index(stage))
-            tma.store_wait(0)
-        mbarrier.arrive(free.index(stage), count=1)
+                _store_rows(kept_rows + D, b_tiles.index(stage).reshape([C, D]).load(layout), t, n, stride_kt, layout)
+            v = v_tiles.index(stage).reshape([C, BV]).load(layout)
+            _store_rows(kept_rows + 2 * D + e, v, t, n, stride_kt, layout)
+
+
+@gluon.jit
+def _keep(given, C: gl.constexpr, D: gl.constexpr, KEEPING: gl.constexpr, STAGES: gl.constexpr):
+    """Of the two programs of a head one copies a, the other b, and each its v. Chunks that are not full are `_activate`'s."""
+    Kept, KeptV, a_tiles, b_tiles, v_tiles, activated, free, row, start, h, e, tokens, chunks = given
+    if KEEPING:
+        for c in range(chunks):
+            stage = c % STAGES
+            t = start + c * C
+            mbarrier.wait(activated.index(stage), (c // STAGES) & 1)
+            if tokens - c * C >= C:
+                if e == 0:
+                    tma.async_copy_shared_to_global(Kept, [row, t, h, 0], a_tiles.index(stage))
+                else:
+                    tma.async_copy_shared_to_global(Kept, [row, t, h, D], b_tiles.index(stage))
+                tma.async_copy_shared_to_global(KeptV, [row, t, h, 2 * D + e], v_tiles.index(stage))
+                tma.store_wait(0)
+            mbarrier.arrive(free.index(stage), count=1)
 
 
 @gluon.jit
@@ -268,6 +239,16 @@ def _parts(x, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _silu_backward(gradient, x):
+    """gradient * d silu(x) / dx, float32; 1 + e^-x may be infinite. Without the range checks of a division."""
+    x = x.to(gl.float32)
+    share = gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + gl.exp2(-LOG2_E * x)], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return gradient * (share * (1.0 + x * (1.0 - share)))
+
+
+@gluon.jit
 def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.constexpr):
     """Offsets of a state [BV, D] in memory, value channels from e on, whose value channels are `across` (1 or D) apart.
 
@@ -280,6 +261,13 @@ def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.const
 
 
 @gluon.jit
+def _fetch(X, bar, row, t, h, e, tile, needed):
+    """The tile of X at token t and channel e, alone on its barrier."""
+    mbarrier.expect(bar, X.block_type.nbytes, pred=needed)
+    tma.async_copy_global_to_shared(X, [row, t, h, e], bar, tile, pred=needed)
+
+
+@gluon.jit
 def _advance(
     given,
     HALF: gl.constexpr,
@@ -289,16 +277,21 @@ def _advance(
     ENTRY: gl.constexpr,
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
+    SILU_BACKWARD: gl.constexpr,
+    ACTIVATE: gl.constexpr,
+    PDL: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
-    WIDTH: gl.constexpr,
-    LEAN: gl.constexpr,
 ):
-    Out, out_rows, stride_ot, entry, entered, saved, left, across, ends, states_stride = given[0]
-    a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free = given[1]
-    s, row, start, h, e, tokens, chunks, SAVE = given[2]
+    Out, out_rows, stride_ot, X, origin, saved, left, across, ends, states_stride, SPACING = given[0]
+    a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched = given[1]
+    slope, row, start, h, e, tokens, chunks, SAVE = given[2]
+    # Here, not in front of all partitions: the first tiles would wait for it.
+    s = gl.load(slope) * LOG2_E
+    # ptxas has the 72 registers of 28 warps at launch to plan with, of which a product of 128 columns takes more.
+    COLUMNS: gl.constexpr = D // 2 if ACTIVATE else D
     of_state: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
     )
     of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
@@ -312,8 +305,11 @@ def _advance(
     departs = departs.index(HALF)
     state = gl.zeros([BV, D], gl.float32, of_state)
     if ENTRY:
-        if entered:
-            state = gl.load(entry + _places(e, across, 0, D, BV, of_state))
+        places = _places(e, across, 0, D, BV, of_state)
+        state = _enter(state, origin, places, True, s, states_stride, SPACING, ENTRY, False, PDL)
+    if SILU_BACKWARD:
+        # x comes where the result is to leave from.
+        _fetch(X, fetched.index(HALF * 2), row, start, h, e, out_tiles.index(HALF * 2), chunks > 0)
     # One loop for all chunks, or from state to state that is saved: a branch in it costs a tenth of the sweep.
     every = gl.maximum(chunks, 1)
     if SAVING:
@@ -349,7 +345,7 @@ def _advance(
             mbarrier.wait(scored.index(stage), phase)
             within = gl.convert_layout(values, state_operand)
             within = warpgroup_mma(within, scores_tiles.index(stage), zeros, use_acc=False, is_async=True)
-            if LEAN:
+            if HALVES == 2 or ACTIVATE:
                 # Gives the operand's registers back: with 208 all products would be serialised. The other half's run meanwhile.
                 past = warpgroup_mma_wait(1, deps=[past])
             depart = departs.load(gl.SliceLayout(0, values_operand))
@@ -358,17 +354,28 @@ def _advance(
             state = state * gl.exp2(-s * n)
             state = warpgroup_mma(leading, b, state, is_async=True)
             state = warpgroup_mma(trailing, b, state, is_async=True)
+            place = HALF * 2 + c % 2
+            tile = out_tiles.index(place)
+            turned = tile.reshape([C, BV]).permute((1, 0))
             past, within = warpgroup_mma_wait(2, deps=[past, within])
             read = reads.load(gl.SliceLayout(0, of_out))
-            out = (past * read[None, :] + within).to(dtype)
-            tile = out_tiles.index(HALF * 2 + c % 2)
-            tma.store_wait(1)
-            tile.reshape([C, BV]).permute((1, 0)).store(out)
+            out = past * read[None, :] + within
+            if SILU_BACKWARD:
+                mbarrier.wait(fetched.index(place), (c // 2) & 1)
+                out = _silu_backward(out, turned.load(of_out))
+            else:
+                tma.store_wait(1)
+            turned.store(out.to(dtype))
             if n == C:
                 fence_async_shared()
                 tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
             else:
                 _store_rows(out_rows, tile.reshape([C, BV]).load(ROWWISE), start + t, n, stride_ot)
+            if SILU_BACKWARD:
+                # Where the result of the chunk before has left from.
+                tma.store_wait(1)
+                place = HALF * 2 + (c + 1) % 2
+                _fetch(X, fetched.index(place), row, start + t + C, h, e, out_tiles.index(place), c + 1 < chunks)
             state = warpgroup_mma_wait(0, deps=[state])
             mbarrier.arrive(free.index(stage), count=1)
     if LEAVING:
@@ -387,6 +394,7 @@ def sweep(
     stride_ob,
     stride_ot,
     stride_oh,
+    X,
     Slopes,
     Cu,
     Entry,
@@ -407,30 +415,27 @@ def sweep(
     ENTRY: gl.constexpr,
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
+    SILU_BACKWARD: gl.constexpr,
+    ACTIVATE: gl.constexpr,
+    PDL: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
-    ACTIVATE: gl.constexpr = False,
-    KeptA=None,
-    KeptB=None,
+    Kept=None,
     KeptV=None,
     KeptRows=None,
     stride_kb=None,
     stride_kt=None,
     stride_kh=None,
-    SPLIT: gl.constexpr = "one",
-    WARPS: gl.constexpr = 8,
-    GROUP: gl.constexpr = 2,
-    SCOREREGS: gl.constexpr = 80,
-    ACTREGS: gl.constexpr = 64,
-    LEAN: gl.constexpr = False,
-    AHEAD: gl.constexpr = 3,
 ):
     """As `triton_lightning.sweep`, forward. Grid: spans * H * D / BV / HALVES.
 
     HALVES: 2 has all value channels in one program, else 1.
-    ACTIVATE: of SiLU of a, b and v, with HALVES = 1. KeptRows: None, or takes these [B, T, H, a | b | v]; KeptA, KeptB, KeptV are
-    descriptors of its parts, as A, B_ and V. Rows of no document are not written.
+    SILU_BACKWARD: out is multiplied by the derivative of SiLU at X, a descriptor like Out.
+    ACTIVATE: of SiLU of a, b and v, with HALVES = 1. KeptRows, if there, takes these [B, T, H, a | b | v]; Kept and KeptV: its descriptors
+    with blocks as of A and V. Rows of no document are not written.
     """
+    if PDL:
+        gdc_launch_dependents()
     KEEPING: gl.constexpr = KeptRows is not None
     BLOCKS: gl.constexpr = D // (BV * HALVES)
     pid = gl.program_id(0)
@@ -440,7 +445,7 @@ def sweep(
     document = 0
     if VARLEN:
         document = _document(w, Cu, T, SEGMENT, documents)
-    row, document, start, tokens, is_first, is_last = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, is_first, is_last, begin, _ = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
     across = D if TRANSPOSED else 1
     out_rows = OutRows + row.to(gl.int64) * stride_ob + h * stride_oh + e
 
@@ -457,21 +462,12 @@ def sweep(
             is_first = False
             is_last = False
 
-    entry = Entry
-    entered = is_first
-    if ENTRY:
-        entry += (document.to(gl.int64) * H + h) * D * D
-        if ENTRY >= 2:
-            goes_on = (is_first == 0) & (tokens > 0)
-            if ENTRY == 2:
-                entered = goes_on
-            else:
-                entered = is_first | goes_on
-            if goes_on:
-                entry = States + (_border(row, start, T, SPACING).to(gl.int64) * H + h) * D * D
+    origin = _origin(
+        Entry, States, row, document, h, start, start - begin, is_first, tokens, T, H, SPACING, D, ENTRY, False
+    )
     saved = Saved + (_border(row, start, T, SAVE).to(gl.int64) * H + h) * D * D
     left = Left + (document.to(gl.int64) * H + h) * D * D
-    s = gl.load(Slopes + h) * LOG2_E
+    slope = Slopes + h
     chunks = gl.cdiv(tokens, C)
 
     a_tiles = gl.allocate_shared_memory(A.dtype, [STAGES] + A.block_type.shape, A.layout)
@@ -486,6 +482,9 @@ def sweep(
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     scored = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    fetched = gl.allocate_shared_memory(gl.int64, [2 * HALVES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(2 * HALVES):
+        mbarrier.init(fetched.index(place), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(scored.index(stage), count=1)
@@ -494,136 +493,39 @@ def sweep(
     if ACTIVATE:
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
-            mbarrier.init(ready.index(stage), count=2 if SPLIT == "values" or SPLIT == "rows" else 1)
+            mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
 
     given = (
-        (Out, out_rows, stride_ot, entry, entered, saved, left, across, is_last, H * D * D),
-        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, ready, scored, free),
-        (s, row, start, h, e, tokens, chunks, SAVE),
+        (Out, out_rows, stride_ot, X, origin, saved, left, across, is_last, H * D * D, SPACING),
+        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, ready, scored, free, fetched),
+        (slope, row, start, h, e, tokens, chunks, SAVE),
     )
-    score = (a_tiles, b_tiles, scores_tiles, ready, scored, s, tokens, chunks)
+    score = (a_tiles, b_tiles, scores_tiles, ready, scored, slope, tokens, chunks)
     load = (A, B_, V, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks)
     if ACTIVATE:
-        gl.static_assert(HALVES == 1, "whole heads leave no registers for SiLU")
+        gl.static_assert(HALVES == 1 and not SILU_BACKWARD)
         kept_rows = out_rows
-        kept_stride = stride_ot
         if KEEPING:
-            kept_rows = KeptRows + row.to(gl.int64) * stride_kb + h.to(gl.int64) * stride_kh
-            kept_stride = stride_kt
-        activate = (a_tiles, b_tiles, v_tiles, loaded, ready, kept_rows, kept_stride, start, e, tokens, chunks)
-        STEP: gl.constexpr = 2 if SPLIT == "turns" else 1
-        ROWS: gl.constexpr = C // 2 if SPLIT == "rows" else C
-        ONE_V: gl.constexpr = SPLIT != "values"
-        TWO_K: gl.constexpr = SPLIT != "values"
-        V_WARPS: gl.constexpr = 4 if SPLIT == "values" else WARPS
-        # The launch of more than 20 warps has less than the 94 registers that a product of 128 columns takes.
-        WIDTH: gl.constexpr = D if WARPS + (V_WARPS if SPLIT != "one" else 0) <= 8 else D // 2
-        keep = (KeptA, KeptB, KeptV, a_tiles, b_tiles, v_tiles, ready, free, row, start, h, e, tokens, chunks)
-        if KEEPING:
-            if SPLIT == "one":
-                gl.warp_specialize(
-                    [
-                        (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, WIDTH, LEAN)),
-                        (_score, (score, C, D, HALVES, STAGES)),
-                        (
-                            _activate,
-                            (activate, C, D, BV, 0, STEP, 0, ROWS, True, ONE_V, AHEAD, KEEPING, STAGES, WARPS, GROUP),
-                        ),
-                        (_load, (load, C, BV, HALVES, STAGES)),
-                        (_keep, (keep, C, STAGES)),
-                    ],
-                    [4, WARPS, 1, 1],
-                    [SCOREREGS, ACTREGS, 24, 24],
-                )
-            else:
-                gl.warp_specialize(
-                    [
-                        (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, WIDTH, LEAN)),
-                        (_score, (score, C, D, HALVES, STAGES)),
-                        (
-                            _activate,
-                            (activate, C, D, BV, 0, STEP, 0, ROWS, True, ONE_V, AHEAD, KEEPING, STAGES, WARPS, GROUP),
-                        ),
-                        (
-                            _activate,
-                            (
-                                activate,
-                                C,
-                                D,
-                                BV,
-                                STEP - 1,
-                                STEP,
-                                C - ROWS,
-                                ROWS,
-                                TWO_K,
-                                True,
-                                AHEAD,
-                                KEEPING,
-                                STAGES,
-                                V_WARPS,
-                                GROUP,
-                            ),
-                        ),
-                        (_load, (load, C, BV, HALVES, STAGES)),
-                        (_keep, (keep, C, STAGES)),
-                    ],
-                    [4, WARPS, V_WARPS, 1, 1],
-                    [SCOREREGS, ACTREGS, ACTREGS, 24, 24],
-                )
-        else:
-            if SPLIT == "one":
-                gl.warp_specialize(
-                    [
-                        (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, WIDTH, LEAN)),
-                        (_score, (score, C, D, HALVES, STAGES)),
-                        (
-                            _activate,
-                            (activate, C, D, BV, 0, STEP, 0, ROWS, True, ONE_V, AHEAD, KEEPING, STAGES, WARPS, GROUP),
-                        ),
-                        (_load, (load, C, BV, HALVES, STAGES)),
-                    ],
-                    [4, WARPS, 1],
-                    [SCOREREGS, ACTREGS, 24],
-                )
-            else:
-                gl.warp_specialize(
-                    [
-                        (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, WIDTH, LEAN)),
-                        (_score, (score, C, D, HALVES, STAGES)),
-                        (
-                            _activate,
-                            (activate, C, D, BV, 0, STEP, 0, ROWS, True, ONE_V, AHEAD, KEEPING, STAGES, WARPS, GROUP),
-                        ),
-                        (
-                            _activate,
-                            (
-                                activate,
-                                C,
-                                D,
-                                BV,
-                                STEP - 1,
-                                STEP,
-                                C - ROWS,
-                                ROWS,
-                                TWO_K,
-                                True,
-                                AHEAD,
-                                KEEPING,
-                                STAGES,
-                                V_WARPS,
-                                GROUP,
-                            ),
-                        ),
-                        (_load, (load, C, BV, HALVES, STAGES)),
-                    ],
-                    [4, WARPS, V_WARPS, 1],
-                    [SCOREREGS, ACTREGS, ACTREGS, 24],
-                )
+            kept_rows = KeptRows + row.to(gl.int64) * stride_kb + h * stride_kh
+        activate = (a_tiles, b_tiles, v_tiles, loaded, ready, kept_rows, stride_kt, start, e, tokens, chunks)
+        keep = (Kept, KeptV, a_tiles, b_tiles, v_tiles, ready, free, row, start, h, e, tokens, chunks)
+        gl.warp_specialize(
+            [
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, False, True, PDL, HALVES, STAGES)),
+                (_score, (score, C, D, HALVES, STAGES)),
+                (_activate, (activate, 0, C, D, BV, KEEPING, STAGES)),
+                (_activate, (activate, 1, C, D, BV, KEEPING, STAGES)),
+                (_load, (load, C, BV, HALVES, STAGES)),
+                (_keep, (keep, C, D, KEEPING, STAGES)),
+            ],
+            [4, 8, 8, 1, 1],
+            [80, 48, 48, 24, 24],
+        )
     elif HALVES == 1:
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, D, HALVES == 2)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, False, PDL, HALVES, STAGES)),
                 (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],
@@ -633,8 +535,8 @@ def sweep(
     else:
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, D, HALVES == 2)),
-                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, HALVES, STAGES, D, HALVES == 2)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, False, PDL, HALVES, STAGES)),
+                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, False, PDL, HALVES, STAGES)),
                 (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],

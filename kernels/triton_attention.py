@@ -1,8 +1,9 @@
 """Lightning attention on the Triton kernels: which spans, which launches, and the backward pass.
 
 Forward, fused: one sweep per document. Forward, segmented: the states that spans of a document leave behind
-(`local_states`, two reads), their scan, then sweeps of all spans at once. Backward: dq from the states that the forward
-pass saved where spans meet; dk and dv in one reverse sweep, fused or segmented likewise. Nothing reads cu_seqlens on the host.
+(`local_states`, two reads), their scan, then sweeps of all spans at once; few states the sweeps sum without a scan. Backward: dq
+from the states that the forward pass saved where spans meet; dk and dv in one reverse sweep, fused or segmented likewise. Nothing
+reads cu_seqlens on the host.
 """
 
 import functools
@@ -28,15 +29,16 @@ CHUNK = 64
 """Tokens of a chunk in half precision: where a prefill may be cut with bitwise equal results."""
 SEGMENT = 4096
 """Tokens of a span under strategy="segmented"; results depend on it in the last bits."""
-EXPERIMENT: dict[str, Any] = {}
 WHOLE = 2**30
 """Tokens of a span that no document reaches."""
 CHUNK_US = {"specialised": (2, 1.2), "whole": (1, 2.2), "backward": (1, 3.1)}
 """Programs of a head and the time of one of its chunks, all multiprocessors at work. These and the next as measured on an H200."""
-WAVE_US, LAUNCH_US, PASS_US, SCAN_US, SAVE_US = 5.0, 12.0, (0.75, 1.06), 0.28, 2.0
-"""Until a program has its first chunk; two launches more; a chunk of the pass over states, in one program and for a multiprocessor;
-a state in the scan; a state saved.
+WAVE_US, LAUNCH_US, PASS_US, SAVE_US = 5.0, 4.5, (0.75, 1.06), 2.0
+"""Until a program has its first chunk; a launch more; a chunk of the pass over states, in one program and for a multiprocessor; a state
+saved.
 """
+SUM_US, SCAN_US, SUMMED = 0.6, (5.5, 0.28), 8
+"""A state summed by the sweep's programs; a scan, and a state in it; so many states at most are summed by the programs."""
 
 
 def obstacle(q: torch.Tensor) -> str | None:
@@ -74,11 +76,16 @@ def lightning_attention_packed_triton(
     cu_seqlens: torch.Tensor | None = None,
     return_final_state: bool = False,
     activation: str | None = "silu",
+    recompute_activation: bool = False,
     strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As `lightning_attention_packed`. SiLU is a pass of its own each way: inside the sweeps an exact one costs more (LOG.md)."""
+    """As `lightning_attention_packed`.
+
+    Specialised sweeps apply the derivative of SiLU themselves, and SiLU where they have half a head of a whole document; it is
+    a pass of its own elsewhere, with the same bits on one kind of GPU.
+    """
     o, final_state = _PackedAttention.apply(
-        qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", strategy
+        qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", recompute_activation, strategy
     )
     return (o, final_state) if return_final_state else o
 
@@ -179,7 +186,9 @@ class Spread:
             if saved:
                 return sweep + SAVE_US * (spans - 1)
             passed = max(PASS_US[0] * span / parts(spans), PASS_US[1] * rows * (chunks - span) / processors)
-            return sweep + passed + LAUNCH_US + SCAN_US * spans * parts(spans)
+            count = (spans - 1) * parts(spans)
+            summed = SUM_US * count if count <= SUMMED else SCAN_US[0] + SCAN_US[1] * count
+            return sweep + passed + LAUNCH_US + summed
 
         most = max(1, chunks // 4)
         choices = []
@@ -240,6 +249,11 @@ class _Call:
         """Whether the sweeps run with one task per warp group (`gluon_lightning`)."""
         return self.device.type == "cuda" and self.capability == 90 and self.dim == 128 and self.dtype != torch.float32
 
+    @property
+    def pdl(self) -> bool:
+        """Whether kernels can be launched before those in front have ended."""
+        return self.capability >= 90 and not interpreting()
+
     def tiling(self, kernel: str) -> Tiling:
         return tiling(kernel, self.dtype, self.padded_dim, self.capability)
 
@@ -284,6 +298,10 @@ class _Call:
 
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns])
 
+    def _launch(self, early: bool) -> dict[str, Any]:
+        """Constants and options of a launch. early: before the kernel in front has ended, one of this call's."""
+        return {"PDL": self.pdl} | ({"launch_pdl": True} if early and self.pdl else {})
+
     def _precision(self) -> dict[str, Any]:
         return {"DP": self.padded_dim, "PRECISION": _precision(self.dtype), "EXACT": self.dtype != torch.float32}
 
@@ -304,16 +322,21 @@ class _Call:
         save: int = WHOLE,
         left: torch.Tensor | None = None,
         whole: bool = False,
+        silu_input: torch.Tensor | None = None,
         activate: bool = False,
         activated: torch.Tensor | None = None,
+        scanned: bool = True,
+        early: bool = False,
     ) -> None:
         """Launch a sweep from the states `entry` of documents and `states` where spans meet.
 
         spacing: tokens between the states that there are, of which `segment`, the default, is a multiple.
         transposed: the states in memory are the transposes of the sweep's.
         whole: specialised programs have all value channels of a head, not 64: scores and tiles once per head, the same bits.
-        activate: the sweep is that of SiLU of a, b and v; specialised programs of half a head only. activated: takes them, packed
-            [B, T, H, 3D]; rows of no document are not written.
+        silu_input: x [B, T, H, D], if specialised; each value of out is multiplied by the derivative of SiLU at it.
+        activate: the sweep is that of SiLU of a, b and v, if specialised and not `whole`. activated: [B, T, H, 3D], takes them but for
+        rows of no document.
+        scanned: whether `scan` has summed the states; the sweep's programs do it else, to the same bits. early: as in `_launch`.
         """
         from m1_kernels import triton_lightning
 
@@ -324,8 +347,9 @@ class _Call:
         sizes = (self.tokens, self.heads, segment, spacing or segment, save, self.documents)
         constants: dict[str, Any] = {
             "D": self.dim, "BV": tile.values, "C": tile.chunk, "VARLEN": self.cu_seqlens is not None,
-            "TRANSPOSED": transposed, "ENTRY": (entry is not None) + 2 * (states is not None), "SAVING": saved is not None,
+            "TRANSPOSED": transposed, "ENTRY": _entry(entry, states, scanned), "SAVING": saved is not None,
             "LEAVING": left is not None, "STAGES": tile.stages, "num_warps": tile.warps,
+            **self._launch(early),
         }  # fmt: skip
         if self.specialised:
             from m1_kernels import gluon_lightning
@@ -335,29 +359,21 @@ class _Call:
                 gluon_lightning.descriptor(x, tile.chunk, width)
                 for x, width in ((a, self.dim), (b, self.dim), (v, tile.values), (out, tile.values))
             )
+            before = gluon_lightning.descriptor(out if silu_input is None else silu_input, tile.chunk, tile.values)
             halves = self.blocks if whole else 1
-            assert not (activate and whole), "whole heads have no registers left for SiLU"
             if activated is not None:
-                kept = zip(activated.split(self.dim, dim=-1), (self.dim, self.dim, tile.values), strict=True)
-                names = ("KeptA", "KeptB", "KeptV")
-                constants |= dict(zip(names, (gluon_lightning.descriptor(x, tile.chunk, width) for x, width in kept)))
                 strides = dict(zip(("stride_kb", "stride_kt", "stride_kh"), activated.stride()))
-                constants |= {"KeptRows": activated, **strides, **EXPERIMENT}
-            elif activate:
-                constants |= EXPERIMENT
+                constants |= {
+                    "Kept": gluon_lightning.descriptor(activated, tile.chunk, self.dim),
+                    "KeptV": gluon_lightning.descriptor(activated, tile.chunk, tile.values),
+                    "KeptRows": activated, **strides,
+                }  # fmt: skip
             gluon_lightning.sweep[(grid // halves,)](
-                *tiles,
-                out,
-                *out.stride()[:3],
-                self.slopes,
-                *pointers,
-                *sizes,
-                HALVES=halves,
-                ACTIVATE=activate,
-                **constants,
-            )
+                *tiles, out, *out.stride()[:3], before, self.slopes, *pointers, *sizes,
+                SILU_BACKWARD=silu_input is not None, ACTIVATE=activate, HALVES=halves, **constants,
+            )  # fmt: skip
             return
-        assert not activate, "SiLU is a pass of its own there"
+        assert silu_input is None and not activate, "only specialised sweeps apply SiLU or its derivative"
         wide, narrow = (tile.chunk, self.padded_dim), (tile.chunk, tile.values)
         triton_lightning.sweep[(grid,)](
             self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow), self.descriptor(out, *narrow),
@@ -379,18 +395,24 @@ class _Call:
         entry: torch.Tensor | None,
         states: torch.Tensor | None,
         left: torch.Tensor | None,
+        scanned: bool,
+        silu_inputs: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Launch what writes dk and dv, strides alike, from gradients `entry` of final states and `states` at every `spacing` tokens.
 
-        left: takes the gradients of initial states.
+        left: takes the gradients of initial states. scanned: as in `sweep`.
+        silu_inputs: of k and v, as in `sweep`.
         """
         if not self.specialised:
+            assert silu_inputs is None, "only specialised sweeps multiply by a derivative"
             shared: dict[str, Any] = {
                 "segment": segment,
                 "spacing": spacing,
                 "reverse": True,
                 "entry": entry,
                 "states": states,
+                "scanned": scanned,
+                "early": states is not None,
             }
             self.sweep(k, q, do, dv, left=left, **shared)
             self.sweep(v, do, q, dk, transposed=True, **shared)
@@ -398,16 +420,25 @@ class _Call:
         from m1_kernels import gluon_backward, gluon_lightning
 
         tile = self.tiling("backward")
-        tiles = (gluon_lightning.descriptor(x, tile.chunk, self.dim) for x in (q, k, v, do, dk, dv))
+
+        def descriptors(*tensors: torch.Tensor) -> list[Any]:
+            return [gluon_lightning.descriptor(x, tile.chunk, self.dim) for x in tensors]
+
         pointers = (self.slopes if x is None else x for x in (self.cu_seqlens, entry, states, left))
         gluon_backward.reverse_sweep[(self.spans(segment) * self.heads,)](
-            *tiles, dk, dv, *dk.stride()[:3], self.slopes, *pointers, self.tokens, self.heads, segment, spacing, self.documents,
-            D=self.dim, C=tile.chunk, VARLEN=self.cu_seqlens is not None, ENTRY=(entry is not None) + 2 * (states is not None),
-            LEAVING=left is not None, STAGES=tile.stages, num_warps=tile.warps,
+            *descriptors(q, k, v, do, dk, dv), dk, dv, *dk.stride()[:3], *descriptors(*(silu_inputs or (k, v))),
+            self.slopes, *pointers, self.tokens, self.heads, segment, spacing, self.documents,
+            D=self.dim, C=tile.chunk, VARLEN=self.cu_seqlens is not None, ENTRY=_entry(entry, states, scanned),
+            LEAVING=left is not None, SILU_BACKWARD=silu_inputs is not None, STAGES=tile.stages,
+            OWN_STAGES=tile.stages if silu_inputs is None else tile.stages - 1, num_warps=tile.warps,
+            **self._launch(states is not None),
         )  # fmt: skip
 
-    def local_states(self, states, b, v, segment, *, reverse, span=None, left=None, horizon=True) -> None:
-        """span: without `left`, the tokens between the states that are needed, a multiple of `segment`; as in `scan`."""
+    def local_states(self, states, b, v, segment, *, reverse, span=None, left=None, horizon=True, early=False) -> None:
+        """span: without `left`, the tokens between the states that are needed, a multiple of `segment`; as in `scan`.
+
+        early: as in `_launch`, where the kernel in front writes neither b nor v.
+        """
         from m1_kernels import triton_lightning
 
         tile = self.tiling("local")
@@ -417,7 +448,7 @@ class _Call:
             self.slopes if self.cu_seqlens is None else self.cu_seqlens, states, states if left is None else left,
             self.tokens, self.heads, segment, span or segment, self.documents,
             D=self.dim, BV=tile.values, C=tile.chunk, VARLEN=self.cu_seqlens is not None, REVERSE=reverse, LEAVING=left is not None,
-            HORIZON=horizon, STAGES=tile.stages, num_warps=tile.warps, **self._precision(),
+            HORIZON=horizon, STAGES=tile.stages, num_warps=tile.warps, **self._launch(early), **self._precision(),
         )  # fmt: skip
 
     def zero_padding(self, x: torch.Tensor) -> None:
@@ -437,8 +468,13 @@ class _Call:
             states, states if initial is None else initial, states if left is None else left, self.slopes,
             self.slopes if self.cu_seqlens is None else self.cu_seqlens, self.tokens, self.heads, segment, span or segment,
             D=self.dim, BLOCK=block, VARLEN=self.cu_seqlens is not None, REVERSE=reverse,
-            INITIAL=initial is not None, LEAVING=left is not None, STAGES=8,
+            INITIAL=initial is not None, LEAVING=left is not None, STAGES=8, **self._launch(True),
         )  # fmt: skip
+
+
+def _entry(entry: torch.Tensor | None, states: torch.Tensor | None, scanned: bool) -> int:
+    """ENTRY of a sweep."""
+    return (entry is not None) + (0 if states is None else 2 if scanned else 6)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -452,6 +488,7 @@ class _Plan:
     """Tokens of a span: of the forward sweep, of saved states and dq, of the reverse sweeps. Under a named strategy fixed.
 
     whole: whether a specialised program of these sweeps has a whole head, which changes no bits. parts: of a span, see `Spread`.
+    scanned: as in `_Call.sweep`, of the forward sweep and dq, and of the reverse sweep. Changes no bits either.
     """
 
     forward: int
@@ -461,6 +498,8 @@ class _Plan:
     dq_whole: bool = False
     forward_parts: int = 1
     parts: int = 1
+    scanned: bool = True
+    backward_scanned: bool = True
 
     @property
     def spacing(self) -> int:
@@ -468,7 +507,18 @@ class _Plan:
         return self.save // self.forward_parts
 
     @classmethod
-    def of(cls, call: _Call, strategy: str) -> "_Plan":
+    def of(cls, call: _Call, strategy: str, leaving: bool = False) -> "_Plan":
+        """leaving: whether final states are asked for, which a scan gives."""
+        plan = cls._spans(call, strategy)
+
+        def scanned(span: int, parts: int) -> bool:
+            return span == WHOLE or -(-call.tokens * parts // span) - 1 > SUMMED
+
+        forward, backward = scanned(plan.forward, plan.forward_parts), scanned(plan.backward, plan.parts)
+        return replace(plan, scanned=leaving or forward, backward_scanned=backward)
+
+    @classmethod
+    def _spans(cls, call: _Call, strategy: str) -> "_Plan":
         if strategy != "auto":
             span = SEGMENT if strategy == "segmented" else WHOLE
             whole = call.specialised and call.spread("specialised", "whole", segment=span).kind == "whole"
@@ -490,7 +540,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, slopes, initial_state, cu_seqlens, return_final_state: bool, strategy: str):
         call = _Call.of(q, slopes, cu_seqlens)
-        plan = _Plan.of(call, strategy)
+        plan = _Plan.of(call, strategy, return_final_state)
         q, k, v = (_readable(x) for x in (q, k, v))
         initial_state = None if initial_state is None else initial_state.contiguous()
         o = _output_like(q)
@@ -514,60 +564,94 @@ class _Attention(torch.autograd.Function):
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, slopes, initial_state, cu_seqlens, return_final_state: bool, activate: bool, strategy: str):
+    def forward(
+        ctx,
+        qkv,
+        slopes,
+        initial_state,
+        cu_seqlens,
+        return_final_state: bool,
+        activate: bool,
+        recompute: bool,
+        strategy: str,
+    ):
         qkv = _readable(qkv)
-        call = _Call.of(qkv.split(qkv.shape[-1] // 3, dim=-1)[0], slopes, cu_seqlens)
-        plan = _Plan.of(call, strategy)
+        call = _Call.of(_thirds(qkv)[0], slopes, cu_seqlens)
+        plan = _Plan.of(call, strategy, return_final_state)
         initial_state = None if initial_state is None else initial_state.contiguous()
         needed = any(ctx.needs_input_grad)
-        o, final_state, states, _ = _packed_forward(
-            call, plan, qkv, initial_state, activate=activate, saving=needed, leaving=return_final_state
-        )
+        o, final_state, states, kept = _packed_forward(
+            call, plan, qkv, initial_state, activate=activate, keeping=needed and not recompute, saving=needed,
+            leaving=return_final_state,
+        )  # fmt: skip
         ctx.call, ctx.plan, ctx.activate = call, plan, activate
-        ctx.save_for_backward(qkv, initial_state, states, call.slopes, call.cu_seqlens)
+        ctx.save_for_backward(qkv, kept, initial_state, states, call.slopes, call.cu_seqlens)
         ctx.set_materialize_grads(False)
         return o, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dfinal):
-        qkv, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
+        qkv, kept, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
         call = replace(ctx.call, slopes=slopes, cu_seqlens=cu_seqlens)
         dqkv = _output_like(qkv)
-        q, k, v = _activated(qkv, ctx.activate)
+        activated = _silu(call, qkv) if ctx.activate and kept is None else kept
+        q, k, v = _thirds(qkv if activated is None else activated)
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
-        gradients = dqkv.split(call.dim, dim=-1)
-        dinitial = _backward(call, ctx.plan, q, k, v, do, dfinal, *gradients, initial_state, states)
-        if ctx.activate:
+        inputs = _thirds(qkv) if ctx.activate and call.specialised else None
+        dinitial = _backward(
+            call, ctx.plan, q, k, v, do, dfinal, *_thirds(dqkv), initial_state, states, silu_inputs=inputs
+        )
+        if ctx.activate and inputs is None:
             torch.ops.aten.silu_backward.grad_input(dqkv, qkv, grad_input=dqkv)
             # The derivative of what padding holds, NaN perhaps, times zero.
             call.zero_padding(dqkv)
-        return dqkv, None, dinitial, None, None, None, None
+        return dqkv, None, dinitial, None, None, None, None, None
 
 
-def _activated(qkv: torch.Tensor, activate: bool) -> tuple[torch.Tensor, ...]:
-    qkv = torch.nn.functional.silu(qkv) if activate else qkv
+def _thirds(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return qkv.split(qkv.shape[-1] // 3, dim=-1)
 
 
-def _packed_forward(
-    call: _Call, plan: _Plan, qkv: torch.Tensor, initial_state, *, activate: bool, saving: bool, leaving: bool
-):
-    """(o, final state, states, activated qkv): the second and third as of `_forward`; the last None where not `saving` or not `activate`.
+def _silu(call: _Call, qkv: torch.Tensor) -> torch.Tensor:
+    """SiLU of qkv [B, T, H, 3D]; where sweeps are specialised, with the bits of those that apply it."""
+    if not call.specialised:
+        return torch.nn.functional.silu(qkv)
+    from m1_kernels import triton_silu
 
-    Where it can, the sweep itself applies SiLU: its q, k and v are then unwritten in the padding of a pack.
+    activated = _output_like(qkv)
+    dense = qkv.is_contiguous() or qkv.transpose(0, 1).is_contiguous()
+    triton_silu.forward(qkv if dense else activated.copy_(qkv), activated)
+    return activated
+
+
+def _packed_forward(
+    call: _Call,
+    plan: _Plan,
+    qkv: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    *,
+    activate: bool,
+    keeping: bool,
+    saving: bool,
+    leaving: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(o, final state, states, activated qkv): the second and third as of `_forward`, the last if `activate` and `keeping`.
+
+    Rows of no document of the last may be unwritten.
     """
     fused = activate and call.specialised and plan.forward == WHOLE and not plan.forward_whole
-    fused = fused and call.tokens > 0 and call.documents > 0
     if fused:
-        activated = _output_like(qkv) if saving else None
+        activated = _output_like(qkv) if keeping else None
     else:
-        activated = torch.nn.functional.silu(qkv) if activate else None
-    q, k, v = (qkv if fused or activated is None else activated).split(call.dim, dim=-1)
+        activated = _silu(call, qkv) if activate else None
+    q, k, v = _thirds(qkv if fused or activated is None else activated)
     o = _output_like(q)
-    silu = {"activate": True, "activated": activated} if fused else {}
-    final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=saving, leaving=leaving, **silu)
-    return o, final_state, states, activated if saving else None
+    final_state, states = _forward(
+        call, plan, q, k, v, o, initial_state, saving=saving, leaving=leaving, activate=fused,
+        activated=activated if fused else None,
+    )  # fmt: skip
+    return o, final_state, states, activated if keeping else None
 
 
 def _forward(
@@ -586,10 +670,11 @@ def _forward(
 ):
     """Write o; returns (final state [S, H, D, D] if `leaving`, states where spans of plan.save meet if `saving`).
 
-    activate, activated: as of `_Call.sweep`, where the plan has whole documents.
+    activate, activated: as of `_Call.sweep`, where the plan has whole documents and half heads.
     No states where dq too runs whole documents: it starts from their initial states. The final state of a document in spans
     is that of `scan_states`, so that a document cut between spans goes on with the same bits.
     """
+    assert plan.scanned or not leaving
     final_state = call.document_states() if leaving else None
     if not call.tokens or not call.documents:
         o.zero_()
@@ -615,7 +700,8 @@ def _forward(
     else:
         states, part = call.states(plan.spacing), plan.spacing
         call.local_states(states, k, v, part, reverse=False, left=final_state, span=plan.forward)
-        call.scan(states, part, initial_state, final_state, reverse=False, span=plan.forward)
+        if plan.scanned:
+            call.scan(states, part, initial_state, final_state, reverse=False, span=plan.forward)
         call.sweep(
             q,
             k,
@@ -626,12 +712,17 @@ def _forward(
             entry=initial_state,
             states=states,
             whole=plan.forward_whole,
+            scanned=plan.scanned,
+            early=True,
         )
     return final_state, states if saving else None
 
 
-def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial_state, states):
-    """Write dq, dk, dv; returns the gradient of the initial state [S, H, D, D] if there is one."""
+def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial_state, states, silu_inputs=None):
+    """Write dq, dk, dv; returns the gradient of the initial state [S, H, D, D] if there is one.
+
+    silu_inputs: where q, k and v are SiLU of these and the sweeps are specialised, the gradients are theirs.
+    """
     dinitial = call.document_states() if initial_state is not None else None
     if not call.tokens or not call.documents:
         for x in (dq, dk, dv):
@@ -651,15 +742,20 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
         states=states,
         transposed=True,
         whole=plan.dq_whole,
+        silu_input=None if silu_inputs is None else silu_inputs[0],
+        scanned=plan.scanned,
     )
     states, part = None, plan.backward // plan.parts
     if plan.backward != WHOLE:
         states = call.states(part)
-        call.local_states(states, q, do, part, reverse=True, span=plan.backward)
-        call.scan(states, part, dfinal, None, reverse=True, span=plan.backward)
+        call.local_states(states, q, do, part, reverse=True, span=plan.backward, early=True)
+        if plan.backward_scanned:
+            call.scan(states, part, dfinal, None, reverse=True, span=plan.backward)
     call.reverse_sweep(
-        q, k, v, do, dk, dv, segment=plan.backward, spacing=part, entry=dfinal, states=states, left=dinitial
-    )
+        q, k, v, do, dk, dv, segment=plan.backward, spacing=part, entry=dfinal, states=states, left=dinitial,
+        scanned=plan.backward_scanned,
+        silu_inputs=None if silu_inputs is None else silu_inputs[1:],
+    )  # fmt: skip
     return dinitial
 
 

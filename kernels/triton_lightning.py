@@ -4,14 +4,14 @@ Words: a document is a row of the batch or what cu_seqlens marks; a span is up t
 anchored at its start; a chunk is C tokens of a span. All exponents are non-positive. Rows are addressed in int64 or by
 tensor descriptors [B, T, H, D] with the strides of the caller's tensors.
 
-One sweep, in either direction of time, computes all four outputs, s being the head's slope:
-
-    out_i = sum_{j <= i} e^{-s(i-j)} (a_i . b_j) v_j          o  = forward (q, k, v)     dq = forward  (do, v, k)
-    out_i = sum_{j >= i} e^{-s(j-i)} (a_i . b_j) v_j          dv = reverse (k, q, do)    dk = reverse  (v, do, q)
+PDL: the GPU can launch a kernel before the one in front has ended (programmatic dependent launch). Ours let the next one start at
+once. Launched so, all programs of a kernel wait for the one in front where they need its states, or before they write their own:
+one that has ended says so of all in front.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["LOG2_E"]
 
@@ -41,7 +41,7 @@ def _document(w, Cu, T, SEGMENT, documents):
 
 @triton.jit
 def _span(w, document, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
-    """Span w -> (row of the batch, document, first token, tokens, first of its document?, last of its document?).
+    """Span w -> (row of the batch, document, first token, tokens, first of its document?, last of its document?, the document's edges).
 
     document: of a pack, the one that owns the span.
     """
@@ -61,7 +61,7 @@ def _span(w, document, Cu, T, SEGMENT, documents, VARLEN: tl.constexpr):
     start = begin + index * SEGMENT
     tokens = tl.where(index < 0, 0, tl.maximum(tl.minimum(end - start, SEGMENT), 0))
     is_last = (index >= 0) & (start <= end) & (start + SEGMENT >= end) & ((start < end) | (index == 0))
-    return row, document, start, tokens, index == 0, is_last
+    return row, document, start, tokens, index == 0, is_last, begin, end
 
 
 @triton.jit
@@ -81,6 +81,78 @@ def _border(row, token, T, SEGMENT):
     share a place, however many documents there are.
     """
     return row * (tl.cdiv(T, SEGMENT) - 1) + token // SEGMENT - 1
+
+
+@triton.jit
+def _origin(
+    Entry,
+    States,
+    row,
+    document,
+    h,
+    border,
+    behind,
+    begins,
+    tokens,
+    T,
+    H,
+    SPACING,
+    D: tl.constexpr,
+    ENTRY: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Where the state that enters a span at `border` comes from, for `_enter`. ENTRY and the names above it: as in `sweep`.
+
+    behind: tokens of the document on the other side of the border; begins: of a span that has none.
+    """
+    entry = Entry + (document.to(tl.int64) * H + h) * D * D
+    given = begins
+    parts = States
+    steps = 0
+    if ENTRY >= 2:
+        goes_on = (begins == 0) & (tokens > 0)
+        given = (begins | goes_on) if ENTRY % 2 else goes_on
+        place = _border(row, border, T, SPACING)
+        if ENTRY >= 4:
+            steps = tl.where(goes_on, tl.cdiv(behind, SPACING), 0)
+            place += (steps - 1) * (1 if REVERSE else -1)
+            parts = States + (place.to(tl.int64) * H + h) * D * D
+        else:
+            if goes_on:
+                entry = States + (place.to(tl.int64) * H + h) * D * D
+    return entry, given, parts, steps, behind
+
+
+@triton.jit
+def _enter(
+    state,
+    origin,
+    places,
+    inside,
+    s,
+    stride,
+    SPACING,
+    ENTRY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The state that enters a span, from `_origin`; state: zeros. Sums states of parts as `scan_states` does, to the same bits.
+
+    places: where the elements of a state lie in memory; inside: those that do.
+    """
+    entry, given, parts, steps, behind = origin
+    if PDL:
+        gdc_wait()
+    if ENTRY != 6:
+        if given:
+            state = tl.load(entry + places, mask=inside, other=0.0)
+    if ENTRY >= 4:
+        for step in range(steps):
+            tokens = tl.minimum(behind - (steps - 1 - step) * SPACING, SPACING)
+            part = tl.load(parts + places, mask=inside, other=0.0)
+            state = state * tl.exp2(-s * tokens.to(tl.float32)) + part
+            parts += stride * (-1 if REVERSE else 1)
+    return state
 
 
 @triton.jit
@@ -215,25 +287,29 @@ def sweep(
     LEAVING: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    PDL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """out of one head, value block and span. Grid: spans * H * ceil(D / BV).
 
     A, B_: descriptors with blocks [1, C, 1, DP]; V, Out: [1, C, 1, BV]. OutRows: the tensor behind Out, for chunks that are not
     full.
-    Entry: float32 [documents, H, D, D], what documents start from (ENTRY = 1 or 3), else zero.
-    States: [., H, D, D], what their other spans start from (ENTRY = 2 or 3), by `_border` among states
-    every SPACING tokens, of which SEGMENT is a multiple; with 0 and 1 there are none.
+    ENTRY: a sum of 1, there is Entry; 2, there are States; 4, States are of `local_states`, not yet summed by `scan_states`.
+    Entry: float32 [documents, H, D, D], what documents start from, else zero.
+    States: [., H, D, D], what their other spans start from, by `_border` among states every SPACING tokens, of which
+    SEGMENT is a multiple.
     TRANSPOSED: the states in memory are the transposes of the sweep's own.
     Saved: as States for spans of SAVE tokens, written. SAVE is a multiple of C.
     Left: [documents, H, D, D], the state after the last token of a document in the direction of the sweep.
     """
+    if PDL:
+        gdc_launch_dependents()
     BLOCKS: tl.constexpr = (D + BV - 1) // BV
     pid = tl.program_id(0)
     w = pid // (H * BLOCKS)
     h = pid // BLOCKS % H
     e = pid % BLOCKS * BV
-    row, document, start, tokens, is_first, is_last = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, is_first, is_last, begin, end = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
     channels = tl.arange(0, DP)
     columns = e + tl.arange(0, BV)
     inside = (columns < D)[:, None] & (channels < D)[None, :]
@@ -258,28 +334,22 @@ def sweep(
 
     begins = is_first
     ends = is_last
+    border = start
+    behind = start - begin
     if REVERSE:
         begins = is_last
         ends = is_first
+        border = start + SEGMENT
+        behind = end - border
+    s = tl.load(Slopes + h) * LOG2_E
     state = tl.zeros([BV, DP], tl.float32)
     if ENTRY:
-        entry = Entry + (document.to(tl.int64) * H + h) * D * D
-        entered = begins
-        if ENTRY >= 2:
-            goes_on = (begins == 0) & (tokens > 0)
-            if ENTRY == 2:
-                entered = goes_on
-            else:
-                entered = begins | goes_on
-            if goes_on:
-                border = start
-                if REVERSE:
-                    border = start + SEGMENT
-                entry = States + (_border(row, border, T, SPACING).to(tl.int64) * H + h) * D * D
-        state = tl.load(entry + places, mask=inside & entered, other=0.0)
+        origin = _origin(
+            Entry, States, row, document, h, border, behind, begins, tokens, T, H, SPACING, D, ENTRY, REVERSE
+        )  # fmt: skip
+        state = _enter(state, origin, places, inside, s, H * D * D, SPACING, ENTRY, REVERSE, PDL)
     saved_states = Saved + (_border(row, start, T, SAVE).to(tl.int64) * H + h) * D * D
 
-    s = tl.load(Slopes + h) * LOG2_E
     whole = tl.exp2(-s * C)
     full = tokens // C * C
     if REVERSE:
@@ -364,6 +434,7 @@ def local_states(
     HORIZON: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    PDL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """What a span alone leaves behind, float32 [D, D] (REVERSE: the gradient before it). Grid as in `sweep`.
@@ -379,7 +450,9 @@ def local_states(
     w = pid // (H * BLOCKS)
     h = pid // BLOCKS % H
     e = pid % BLOCKS * BV
-    row, document, start, tokens, is_first, is_last = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
+    if PDL:
+        gdc_launch_dependents()
+    row, document, start, tokens, is_first, is_last, begin, end = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
     needed = (document < documents) & (tokens > 0)
     ends = is_last
     border = start + SEGMENT
@@ -387,11 +460,6 @@ def local_states(
         ends = is_first
         border = start
     if not LEAVING:
-        begin = 0
-        end = T
-        if VARLEN:
-            begin = _within(tl.load(Cu + document), T)
-            end = _within(tl.load(Cu + document + 1, mask=document < documents, other=T), T)
         if REVERSE:
             needed = needed & (border - begin >= SPAN)
         else:
@@ -425,7 +493,13 @@ def local_states(
         channels = tl.arange(0, DP)
         columns = e + tl.arange(0, BV)
         places = columns[:, None] + channels[None, :] * D
+        if PDL:
+            # Not before: its inputs are older than the kernel in front.
+            gdc_wait()
         tl.store(target + places, state, mask=(columns < D)[:, None] & (channels < D)[None, :])
+    else:
+        if PDL:
+            gdc_wait()
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -445,6 +519,7 @@ def scan_states(
     REVERSE: tl.constexpr,
     INITIAL: tl.constexpr,
     LEAVING: tl.constexpr,
+    PDL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Turn what spans leave behind (`local_states`, with its SPAN) into what enters the next, in place.
@@ -453,6 +528,8 @@ def scan_states(
     Initial: float32 [documents, H, D, D], entering each document (REVERSE: the gradient of its final state).
     LEAVING: Left, of `local_states`, becomes what leaves each document.
     """
+    if PDL:
+        gdc_launch_dependents()
     BLOCKS: tl.constexpr = D * D // BLOCK
     pid = tl.program_id(0)
     document = pid // (H * BLOCKS)
@@ -474,6 +551,8 @@ def scan_states(
         else:
             steps = tl.maximum(length - 1, 0) // SPAN * (SPAN // SEGMENT)
     s = tl.load(Slopes + h) * LOG2_E
+    if PDL:
+        gdc_wait()
     state = tl.zeros([BLOCK], tl.float32)
     if INITIAL:
         state = tl.load(Initial + element)

@@ -39,9 +39,10 @@ def forward(
             _squares_kernel[(rows,)](x, squares, inner, *x.stride()[:2], C=width, BLOCK=block, **options)
         all_reduce(squares)
     if rows:
-        _forward_kernel[(rows,)](
-            x, gate, weight.contiguous(), squares, out, scale, eps, channels, inner,
-            *x.stride()[:2], *gate.stride()[:2], *out.stride()[:2], C=width, BLOCK=block, **options,
+        _forward_kernel[(min(rows, _programs(x.device, options["num_warps"])),)](
+            x, gate, weight.contiguous(), squares, out, scale, rows, eps, channels, inner,
+            *x.stride()[:2], *gate.stride()[:2], *out.stride()[:2],
+            C=width, BLOCK=block, STAGES=_stages(2, width, x.dtype), **options,
         )  # fmt: skip
     return out.view(shape), scale
 
@@ -78,7 +79,7 @@ def backward(
     if rows:
         _backward_kernel[(programs,)](
             grad, x, gate, weight_rows, scale, products, dx, dgate, partial, rows, channels, inner,
-            *strides, *dx.stride()[:2], *dgate.stride()[:2], C=width, BLOCK=block, STAGES=_stages(width, x.dtype), **options,
+            *strides, *dx.stride()[:2], *dgate.stride()[:2], C=width, BLOCK=block, STAGES=_stages(3, width, x.dtype), **options,
         )  # fmt: skip
     return dx.view(shape), dgate.view(shape), partial.sum(dim=0).to(weight.dtype)
 
@@ -97,13 +98,13 @@ def _options(width: int) -> dict[str, int]:
     return {"num_warps": min(max(_block(width) // 512, 4), 16)}
 
 
-def _stages(width: int, dtype: torch.dtype) -> int:
-    """Stages of the backward kernel's pipeline: up to two rows of (grad, x, gate) on their way, in at most 100 KiB."""
-    return 1 + min(2, 100 * 1024 // (3 * _block(width) * dtype.itemsize))
+def _stages(inputs: int, width: int, dtype: torch.dtype) -> int:
+    """Stages of a pipeline over rows: up to two rows of so many inputs on their way, in at most 100 KiB."""
+    return 1 + min(2, 100 * 1024 // (inputs * _block(width) * dtype.itemsize))
 
 
 def _programs(device: torch.device, num_warps: int) -> int:
-    """As many programs of the backward kernel as its registers (at most 128 a thread) let the device hold at once."""
+    """As many programs that go through rows as their registers (at most 128 a thread) let the device hold at once."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count * (16 // num_warps)
@@ -122,26 +123,27 @@ def _squares_kernel(x, squares, inner, x_outer, x_inner, C: tl.constexpr, BLOCK:
     tl.store(squares + row, tl.sum(xs * xs))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x, gate, weight, squares, out, scale, eps, channels, inner,
+    x, gate, weight, squares, out, scale, rows, eps, channels, inner,
     x_outer, x_inner, gate_outer, gate_inner, out_outer, out_inner,
-    C: tl.constexpr, BLOCK: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    xs = tl.load(x + _row_offset(row, inner, x_outer, x_inner) + cols, mask=mask, other=0.0).to(tl.float32)
-    gates = tl.load(gate + _row_offset(row, inner, gate_outer, gate_inner) + cols, mask=mask, other=0.0).to(tl.float32)
     weights = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
-    if squares is None:
-        total = tl.sum(xs * xs)
-    else:
-        total = tl.load(squares + row)
-    inverse = tl.rsqrt(total / channels + eps)
-    tl.store(scale + row, inverse)
-    result = tl.sigmoid(gates) * xs * inverse * weights
-    tl.store(out + _row_offset(row, inner, out_outer, out_inner) + cols, result, mask=mask)
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=STAGES):
+        xs = tl.load(x + _row_offset(row, inner, x_outer, x_inner) + cols, mask=mask, other=0.0).to(tl.float32)
+        at = _row_offset(row, inner, gate_outer, gate_inner) + cols
+        share = tl.sigmoid(tl.load(gate + at, mask=mask, other=0.0).to(tl.float32))
+        if squares is None:
+            total = tl.sum(xs * xs)
+        else:
+            total = tl.load(squares + row)
+        inverse = tl.rsqrt(total / channels + eps)
+        tl.store(scale + row, inverse)
+        tl.store(out + _row_offset(row, inner, out_outer, out_inner) + cols, share * xs * inverse * weights, mask=mask)
 
 
 @triton.jit
@@ -207,7 +209,8 @@ def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[
     def case(kernel, width, dtype, **constants):
         constants |= {"C": width, "BLOCK": _block(width)}
         if "STAGES" in kernel.arg_names:
-            constants["STAGES"] = _stages(width, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+            inputs = 3 if kernel is _backward_kernel else 2
+            constants["STAGES"] = _stages(inputs, width, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
         signature = {}
         for name in kernel.arg_names:
             stride = name.endswith(("_outer", "_inner"))

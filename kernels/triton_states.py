@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from m1_kernels.triton_lightning import LOG2_E, _dot, _locate, _within
+from m1_kernels.triton_lightning import LOG2_E, _dot, _locate
 from m1_kernels.triton_runtime import interpreting
 
 __all__ = ["compile_cases", "read_states_triton"]
@@ -82,13 +82,8 @@ def _read_states(
     w = pid // (H * BLOCKS)
     h = pid // BLOCKS % H
     columns = pid % BLOCKS * BV + tl.arange(0, BV)
-    row, document, start, tokens, _, _ = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, _, _, begin, end = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
     if (document < documents) & (tokens > 0):
-        begin = 0
-        end = T
-        if VARLEN:
-            begin = _within(tl.load(Cu + document), T)
-            end = _within(tl.load(Cu + document + 1), T)
         s = tl.load(Slopes + h) * LOG2_E
         first = start
         last = start + tokens

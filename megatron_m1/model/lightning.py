@@ -117,7 +117,12 @@ class LightningAttention(MegatronModule):
         else:
             cu_seqlens = None if packed is None else packed.cu_seqlens_q
             finish = partial(
-                lightning_attention_packed, qkv, self.slopes, cu_seqlens=cu_seqlens, strategy=self.strategy
+                lightning_attention_packed,
+                qkv,
+                self.slopes,
+                cu_seqlens=cu_seqlens,
+                recompute_activation=not self.recompute_core,  # its backward then follows at once
+                strategy=self.strategy,
             )
         return lambda: finish().transpose(0, 1).reshape(seq, batch, -1)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from m1_kernels import lightning_attention, triton_attention
+from m1_kernels import lightning_attention, lightning_attention_packed, triton_attention
 from m1_kernels.triton_attention import WHOLE, _Plan
 
 from tests.gpu.lightning_checks import (
@@ -25,13 +25,14 @@ DOCUMENTS = (700, 0, 1, 256, 63, 65, 64, 3, 840)
 SPANS = [(WHOLE, 1), (512, 1), (512, 4), (192, 3), (64, 1)]
 """(tokens, parts) of a span."""
 GRADIENTS = ("dk", "dv", "dinitial_state")
+GRADIENTS_OF_QKV = ("dq", "dk", "dv")
 
 
 @pytest.fixture(params=SPANS, ids=lambda span: f"{span[0]}/{span[1]}" if span[0] < WHOLE else "whole")
 def spans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, parts = request.param
     plan = _Plan(WHOLE, WHOLE, tokens, parts=parts)
-    monkeypatch.setattr(_Plan, "of", classmethod(lambda cls, call, strategy: plan))
+    monkeypatch.setattr(_Plan, "of", lambda *_: plan)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -52,7 +53,7 @@ def test_rows_in_spans_of_the_forward_sweep_and_dq(
     forward: int, save: int, parts: int, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = _Plan(forward, save, WHOLE, whole, whole, forward_parts=parts)
-    monkeypatch.setattr(_Plan, "of", classmethod(lambda cls, call, strategy: plan))
+    monkeypatch.setattr(_Plan, "of", lambda *_: plan)
     assert_rows_have_the_bits_of_each_alone(False)
 
 
@@ -97,6 +98,37 @@ def test_no_states_are_states_of_zero(spans, documents) -> None:
     ).backward(inputs.do)
     for name, x in zip(("dq", "dk", "dv"), leaf.grad.split(D, dim=-1), strict=True):
         assert torch.equal(x, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["dense", "packed"])
+def test_derivative_of_silu_is_that_of_each_value(spans, documents, dtype: torch.dtype) -> None:
+    """Gradients of the packed projection are those of q, k, v times the derivative; both are rounded once from the same numbers."""
+    inputs = make_inputs(TOKENS, HEADS, D, dtype, documents=documents)
+    covered = sum(documents or (TOKENS,))
+    special = torch.tensor(
+        [-6e4, -100.0, -30.0, -12.0, -5.0, -1.278, -1e-3, 0.0, 1e-3, 5.0, 12.0, 100.0], device=DEVICE
+    )
+    qkv = 4 * inputs.qkv
+    # Large ones in q alone and seldom: sums over them would hide all others.
+    qkv[:, 5::97, :, : 2 * len(special) : 2] = special.to(dtype)
+    leaf = qkv.clone().requires_grad_()
+    lightning_attention_packed(
+        leaf, inputs.decay, initial_state=inputs.initial, cu_seqlens=inputs.edges, implementation="triton"
+    ).backward(inputs.do)
+    call = triton_attention._Call.of(inputs.do, inputs.decay, inputs.edges)
+    activated = replace(inputs, qkv=triton_attention._silu(call, qkv), dfinal=torch.zeros_like(inputs.dfinal))
+    plain = triton(activated, "auto")
+    x = qkv.double().requires_grad_()
+    torch.nn.functional.silu(x).sum().backward()
+    rounding = torch.finfo(dtype).eps
+    for name, ours, derivative in zip(
+        GRADIENTS_OF_QKV, leaf.grad.split(D, dim=-1), x.grad.split(D, dim=-1), strict=True
+    ):
+        expected = (plain[name].double() * derivative)[:, :covered]
+        tiny = 1e-16 * plain[name].double()[:, :covered].abs() + torch.finfo(dtype).smallest_normal
+        assert ((ours.double()[:, :covered] - expected).abs() <= 1.1 * rounding * expected.abs() + tiny).all(), name
+        assert not ours[:, covered:].any()
 
 
 def test_gradients_of_final_states_alone(spans) -> None:

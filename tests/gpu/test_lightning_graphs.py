@@ -44,24 +44,27 @@ def captured(step: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
     return graph, kept
 
 
+@pytest.mark.parametrize("leaving", [True, False])
 @pytest.mark.parametrize("strategy", ["fused", "segmented", "auto"])
 @pytest.mark.parametrize("documents", [None, (300, 1, 0, 599)], ids=["dense", "packed"])
-def test_training_step(documents, strategy: str, monkeypatch) -> None:
+def test_training_step(documents, strategy: str, leaving: bool, monkeypatch) -> None:
+    """leaving: with final states, which a scan gives."""
     monkeypatch.setattr(triton_attention, "SEGMENT", 256)
     inputs = make_inputs(1000, HEADS, D, torch.bfloat16, documents=documents)
     qkv, initial = inputs.qkv.requires_grad_(), inputs.initial.clone().requires_grad_()
 
     def step() -> list[torch.Tensor]:
-        o, final = lightning_attention_packed(
+        found = lightning_attention_packed(
             qkv,
             inputs.decay,
             initial_state=initial,
             cu_seqlens=inputs.edges,
-            return_final_state=True,
+            return_final_state=leaving,
             strategy=strategy,
         )
-        loss = o.float().square().sum() + final.square().sum()
-        return [o.detach(), final.detach(), *torch.autograd.grad(loss, (qkv, initial))]
+        results = found if leaving else (found,)
+        loss = sum(x.float().square().sum() for x in results)
+        return [*(x.detach() for x in results), *torch.autograd.grad(loss, (qkv, initial))]
 
     warm_up(step)
     with no_wait_for_the_gpu():

@@ -1,4 +1,4 @@
-"""SiLU inside the forward sweep of the packed operator, at M1's head width."""
+"""SiLU on a GPU with specialised sweeps: in the forward sweep, and by the pass of its own that has the same bits."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from m1_kernels import lightning_attention_packed, slopes, triton_attention
-from m1_kernels.triton_attention import WHOLE, _Call, _packed_forward, _Plan
+from m1_kernels.triton_attention import WHOLE, _Call, _packed_forward, _Plan, _silu
 
 from tests.gpu.lightning_checks import DEVICE, error_per_head
 
@@ -14,37 +14,60 @@ pytestmark = pytest.mark.gpu
 
 D, HEADS, TOKENS = 128, 4, 4098
 DOCUMENTS = (700, 0, 1, 2048, 63, 65, 64, 1, 1120)
-PLANS = {"whole documents": _Plan(WHOLE, WHOLE, WHOLE), "saved states": _Plan(WHOLE, 1024, WHOLE)}
-Results = tuple[torch.Tensor, ...]
+COVERED = sum(DOCUMENTS)
+PLAN = _Plan(WHOLE, WHOLE, WHOLE)
+SAVED = _Plan(WHOLE, 1024, WHOLE)
+Results = tuple[torch.Tensor | None, ...]
 
 
-def projection(dtype: torch.dtype, batch: int = 1, *, time_major: bool = False) -> torch.Tensor:
-    """[B, T, H, 3D], normal random numbers, in bfloat16 times 4: SiLU's curve and its tails. In float16 o would overflow."""
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no specialised sweeps on this GPU")
+
+
+def projection(dtype: torch.dtype = torch.bfloat16, batch: int = 1, *, documents: Sequence[int] | None = None):
+    """[B, T, H, 3D], normal random numbers, in bfloat16 times 4: the tails of SiLU. In float16 o would overflow. Padding is NaN."""
     generator = torch.Generator(DEVICE).manual_seed(batch)
-    shape = (TOKENS, batch, HEADS, 3 * D) if time_major else (batch, TOKENS, HEADS, 3 * D)
-    x = torch.randn(shape, device=DEVICE, generator=generator).mul_(4 if dtype == torch.bfloat16 else 1).to(dtype)
-    return x.transpose(0, 1) if time_major else x
+    x = torch.randn(batch, TOKENS, HEADS, 3 * D, device=DEVICE, generator=generator)
+    x = x.mul_(4 if dtype == torch.bfloat16 else 1).to(dtype)
+    if documents is not None:
+        x[:, sum(documents) :] = float("nan")
+    return x
+
+
+def given(batch: int, documents: Sequence[int] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Slopes, initial states, cu_seqlens."""
+    decay = slopes(64, 40, 80)[torch.linspace(0, 63, HEADS).long()].to(DEVICE)
+    count, edges = batch, None
+    if documents is not None:
+        count = len(documents)
+        edges = torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32, device=DEVICE)
+    return decay, torch.linspace(-1, 1, count * HEADS * D * D, device=DEVICE).view(count, HEADS, D, D), edges
 
 
 def run(
     qkv: torch.Tensor,
-    plan: _Plan,
+    plan: _Plan = PLAN,
     documents: Sequence[int] | None = None,
     *,
     activate: bool = True,
-    saving: bool = True,
+    keeping: bool = True,
 ) -> Results:
     """o, final state, states where spans meet, activated qkv; None where there is none."""
-    edges, count = None, len(qkv)
-    if documents is not None:
-        edges, count = (
-            torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32, device=DEVICE),
-            len(documents),
-        )
-    decay = slopes(64, 40, 80)[torch.linspace(0, 63, HEADS).long()].to(DEVICE)
-    initial = torch.linspace(-1, 1, count * HEADS * D * D, device=DEVICE).view(count, HEADS, D, D)
+    decay, initial, edges = given(len(qkv), documents)
     call = _Call.of(qkv[..., :D], decay, edges)
-    return _packed_forward(call, plan, qkv, initial, activate=activate, saving=saving, leaving=True)
+    return _packed_forward(call, plan, qkv, initial, activate=activate, keeping=keeping, saving=True, leaving=True)
+
+
+def silu(qkv: torch.Tensor) -> torch.Tensor:
+    """By the pass of its own."""
+    return _silu(_Call.of(qkv[..., :D], given(1, None)[0], None), qkv)
+
+
+def assert_equal(found: Results, expected: Results) -> None:
+    for one, other in zip(found, expected):
+        assert (one is None and other is None) or torch.equal(one, other)
 
 
 def ulps_apart(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -55,96 +78,142 @@ def ulps_apart(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     return (order(actual) - order(expected)).abs()
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["dense", "packed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_results_are_those_of_the_activated_tensor(dtype: torch.dtype, documents, plan: _Plan) -> None:
-    """Which is torch's to a rounding; padding is NaN and no result of it written but zeros."""
-    qkv = projection(dtype, 1 if documents else 2)
-    covered = sum(documents or (TOKENS,))
-    qkv[:, covered:] = float("nan")
-    o, final, states, activated = run(qkv, plan, documents)
-    apart = ulps_apart(activated[:, :covered], torch.nn.functional.silu(qkv[:, :covered]))
+def test_the_pass_is_torch_to_a_rounding_on_every_number(dtype: torch.dtype) -> None:
+    """In any order; below -43 it is zero to 1e-17."""
+    every = torch.arange(-32768, 32768, dtype=torch.int16).view(dtype)
+    numbers = every[~every.isnan()]
+    x = torch.zeros(1, 171, 1, 3 * D, dtype=dtype)
+    x.view(-1)[: len(numbers)] = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))]
+    x = x.to(DEVICE)
+    found = silu(x)
+    apart = ulps_apart(found, torch.nn.functional.silu(x))[x >= -43]
     assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3
-    live = activated.clone()
-    live[:, covered:] = float("nan")
-    for actual, expected in zip((o, final, states), run(live, plan, documents, activate=False)):
-        assert (actual is None and expected is None) or torch.equal(actual, expected)
-    assert (states is None) == (plan.save == WHOLE) and not o[:, covered:].any()
-    alone, final_alone, _, kept = run(qkv, plan, documents, saving=False)
-    assert torch.equal(alone, o) and torch.equal(final_alone, final) and kept is None
+    assert found[x < -43].double().abs().max() < 1e-17 and not found.isnan().any()
 
 
-@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["dense", "packed"])
-def test_only_rows_of_documents_are_written(documents, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pass_takes_any_order_in_memory() -> None:
+    """Its result is in that order too where it is dense, with tokens in front of heads."""
+    x = projection(batch=2)[:, :77]  # 77 * 2 * 4 * 384 is no multiple of a program's elements
+    expected = silu(x.contiguous())
+    for order in ((0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 0, 1)):
+        turned = x.permute(*order, 3).contiguous().permute(*torch.tensor(order).argsort().tolist(), 3)
+        found = silu(turned)
+        assert torch.equal(found, expected)
+        assert found.stride() == (turned if order == (1, 0, 2) else expected).stride()
+    assert torch.equal(silu(x), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype, documents, plan",
+    [
+        (torch.bfloat16, None, PLAN),
+        (torch.float16, None, PLAN),
+        (torch.bfloat16, DOCUMENTS, SAVED),
+    ],
+    ids=["bf16 dense", "fp16 dense", "bf16 packed"],
+)
+def test_the_sweep_has_the_bits_of_a_pass_and_a_sweep(dtype: torch.dtype, documents, plan: _Plan) -> None:
+    qkv = projection(dtype, 1 if documents else 2, documents=documents)
+    covered = sum(documents or (TOKENS,))
+    *found, activated = run(qkv, plan, documents)
+    apart = silu(qkv)
+    assert torch.equal(activated[:, :covered], apart[:, :covered])
+    assert_equal(found, run(apart, plan, documents, activate=False)[:3])
+    assert (found[2] is None) == (plan.save == WHOLE) and not found[0][:, covered:].any()
+    *others, kept = run(qkv, plan, documents, keeping=False)
+    assert_equal(others, found)
+    assert kept is None
+
+
+def test_no_gradient_depends_on_who_applies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep, or the pass in front of whole heads; kept, or computed again in the backward."""
+    qkv, do = projection(documents=DOCUMENTS), projection(documents=DOCUMENTS)[..., :D].contiguous()
+    decay, initial, edges = given(1, DOCUMENTS)
+    expected: Results = ()
+    for whole, recompute in itertools.product((False, True), repeat=2):
+        plan = _Plan(WHOLE, 1024, WHOLE, forward_whole=whole)
+        monkeypatch.setattr(_Plan, "of", lambda *_, plan=plan: plan)
+        leaf, state = qkv.clone().requires_grad_(), initial.clone().requires_grad_()
+        o, final = lightning_attention_packed(
+            leaf, decay, initial_state=state, cu_seqlens=edges, return_final_state=True,
+            recompute_activation=recompute, implementation="triton",
+        )  # fmt: skip
+        found = (o, final, *torch.autograd.grad((o, final), (leaf, state), (do, initial)))
+        assert all(x.isfinite().all() and x.any() for x in found)
+        assert not found[0][:, COVERED:].any() and not found[2][:, COVERED:].any()
+        assert_equal(found, expected or found)
+        expected = found
+
+
+def test_only_rows_of_documents_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of one token more on both sides, and of padding, keeps its numbers."""
-    qkv = projection(torch.bfloat16)
+    qkv = projection(documents=DOCUMENTS)
     room = torch.full((1, TOKENS + 2, HEADS, 3 * D), 7.0, device=DEVICE, dtype=torch.bfloat16)
-    output_like = triton_attention._output_like
+    output_like, expected = triton_attention._output_like, silu(qkv)
     monkeypatch.setattr(
         triton_attention, "_output_like", lambda x: room[:, 1:-1] if x.shape[-1] == 3 * D else output_like(x)
     )
-    activated = run(qkv, PLANS["whole documents"], documents)[3]
-    covered = sum(documents or (TOKENS,))
+    activated = run(qkv, SAVED, DOCUMENTS)[3]
     assert activated.data_ptr() == room[:, 1:].data_ptr()
-    assert (room[:, 0] == 7).all() and (room[:, 1 + covered :] == 7).all()
-    assert ulps_apart(activated[:, :covered], torch.nn.functional.silu(qkv[:, :covered])).max() <= 1
+    assert (room[:, 0] == 7).all() and (room[:, 1 + COVERED :] == 7).all()
+    assert torch.equal(activated[:, :COVERED], expected[:, :COVERED])
 
 
 def test_time_major_projections_are_read_in_place() -> None:
-    qkv = projection(torch.bfloat16, 2, time_major=True)
-    plan = PLANS["whole documents"]
-    turned, straight = run(qkv, plan), run(qkv.contiguous(), plan)
-    assert turned[3].stride() == torch.nn.functional.silu(qkv).stride() == qkv.stride()
-    for one, other in zip(turned, straight):
-        assert (one is None and other is None) or torch.equal(one, other)
+    straight = projection(batch=2)
+    turned = straight.transpose(0, 1).contiguous().transpose(0, 1)
+    found = run(turned)
+    assert found[3].stride() == turned.stride()
+    assert_equal(found, run(straight))
 
 
 def test_runs_repeat_bitwise_and_in_a_graph() -> None:
-    qkv, plan = projection(torch.bfloat16), PLANS["whole documents"]
-    first = run(qkv, plan, DOCUMENTS)
-    covered = sum(DOCUMENTS)
-
-    def same(found: Results) -> bool:
-        return all(
-            (one is None and other is None) or torch.equal(one[:, :covered], other[:, :covered])
-            for one, other in zip(found, first)
-        )
-
-    for _ in range(5):
-        assert same(run(qkv, plan, DOCUMENTS))
-    graph = torch.cuda.CUDAGraph()
-    edges = torch.tensor([0, *itertools.accumulate(DOCUMENTS)], dtype=torch.int32, device=DEVICE)
-    decay = slopes(64, 40, 80)[torch.linspace(0, 63, HEADS).long()].to(DEVICE)
+    qkv = projection(documents=DOCUMENTS)
+    decay, initial, edges = given(1, DOCUMENTS)
     call = _Call.of(qkv[..., :D], decay, edges)
-    initial = torch.linspace(-1, 1, len(DOCUMENTS) * HEADS * D * D, device=DEVICE).view(-1, HEADS, D, D)
+    options = {"activate": True, "keeping": True, "saving": True, "leaving": True}
+
+    def step() -> Results:
+        o, final, states, activated = _packed_forward(call, SAVED, qkv, initial, **options)
+        return o, final, states, activated[:, :COVERED]
+
+    first = step()
+    for _ in range(5):
+        assert_equal(step(), first)
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = _packed_forward(call, plan, qkv, initial, activate=True, saving=True, leaving=True)
+        kept = step()
     graph.replay()
-    assert same(kept)
+    assert_equal(kept, first)
 
 
 def test_nan_stays_in_its_pair_of_channels_of_v() -> None:
-    qkv = projection(torch.bfloat16)
-    clean = run(qkv, PLANS["whole documents"])
-    qkv[:, 100, 1, 2 * D + 5] = float("nan")
-    dirty = run(qkv, PLANS["whole documents"])
+    qkv = projection(batch=2)
+    clean = run(qkv)
+    qkv[0, 100, 1, 2 * D + 5] = float("nan")
+    dirty = run(qkv)
     assert dirty[3][0, 100, 1, 2 * D + 4 : 2 * D + 6].isnan().all() and dirty[3].isnan().sum() == 2
-    assert dirty[0][:, 100:, 1, 4:6].isnan().all()
+    assert dirty[0][0, 100:, 1, 4:6].isnan().all()
     for x in (clean[0], dirty[0]):
-        x[:, :, 1, 4:6] = 0
+        x[0, :, 1, 4:6] = 0
     assert torch.equal(clean[0], dirty[0])
 
 
 def test_the_operator_takes_it() -> None:
-    """With the error of the same operator after a pass of its own; without gradients nothing of qkv's size is allocated."""
-    qkv = projection(torch.bfloat16)
-    decay = slopes(64, 40, 80)[torch.linspace(0, 63, HEADS).long()].to(DEVICE)
-    exact = lightning_attention_packed(qkv.double(), decay, implementation="torch")
-    options = {"implementation": "triton", "strategy": "fused"}
-    apart = lightning_attention_packed(torch.nn.functional.silu(qkv), decay, activation=None, **options)
+    """With the error of the same operator after torch's SiLU; without gradients nothing of qkv's size is allocated."""
+    qkv = projection(batch=2)
+    decay, initial, _ = given(2, None)
+    exact = lightning_attention_packed(qkv.double(), decay, initial_state=initial.double(), implementation="torch")
+    options = {
+        "initial_state": initial,
+        "return_final_state": True,
+        "implementation": "triton",
+        "strategy": "fused",
+    }
+    apart = lightning_attention_packed(torch.nn.functional.silu(qkv), decay, activation=None, **options)[0]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    ours = lightning_attention_packed(qkv, decay, **options)
+    ours = lightning_attention_packed(qkv, decay, **options)[0]
     assert torch.cuda.max_memory_allocated() - before < 0.5 * qkv.numel() * qkv.element_size()
     assert (error_per_head(ours, exact, "o") <= 1.05 * error_per_head(apart, exact, "o")).all()

@@ -1,6 +1,7 @@
 """The Triton kernels of lightning attention: in the interpreter without a GPU, compiled where there is one."""
 
 import functools
+import itertools
 import math
 import os
 import subprocess
@@ -266,7 +267,8 @@ def test_auto_leaves_documents_whole_where_rows_fill_the_device_or_are_short() -
     assert Planned.plan(65_536, 8, batch=7).forward == whole
     assert Planned.plan(65_536, 8, batch=6).forward < whole
     assert Planned.plan(256, 8) == triton_attention._Plan(whole, whole, whole)
-    assert Planned.plan(1024, 8).forward == whole
+    assert Planned.plan(512, 8).forward == whole
+    assert Planned.plan(1024, 8).forward == 256
     assert Planned.plan(2048, 8).forward == 256
     assert PlannedElsewhere.plan(1024, 8).forward == whole
     assert PlannedElsewhere.plan(1025, 8).forward < whole
@@ -281,7 +283,8 @@ def test_auto_leaves_documents_whole_where_rows_fill_the_device_or_are_short() -
         (1, 65_536, 16, (8, 2, True), (8, True)),
         (1, 65_536, 8, (16, 2, True), (16, True)),
         (1, 2048, 8, (8, 1, False), (8, False)),
-        (1, 1024, 8, (1, 1, False), (4, False)),
+        (1, 1024, 8, (4, 1, False), (4, False)),
+        (1, 512, 8, (1, 1, False), (2, False)),
     ],
 )
 def test_spans_of_forward_and_dq(
@@ -377,6 +380,45 @@ def test_sweeps_start_from_states_closer_than_their_spans(
     plan = triton_attention._Plan(span, span, span, forward_parts=2)
     monkeypatch.setattr(triton_attention._Plan, "of", lambda *_: plan)
     assert_matches_oracle(triton_with("auto"), Case(tokens=440, heads=1, documents=documents), FLOAT32_BOUND)
+
+
+@pytest.mark.parametrize("states", ["none", "initial", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("documents", [None, (1, 300, 0, 131, 129, 0)])
+def test_states_summed_by_the_sweeps_have_the_bits_of_a_scan(
+    documents: tuple[int, ...] | None, dtype: torch.dtype, states: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With final states the forward pass has its scan."""
+    case = Case(tokens=570, heads=2, documents=documents, dtype=dtype, layer=6)
+    inputs = make_inputs(case)
+    leaving, found = states == "both", []
+    for scanned in (True, False):
+        plan = triton_attention._Plan(
+            *[2 * CHUNK] * 3, forward_parts=2, parts=2, scanned=scanned or leaving, backward_scanned=scanned
+        )
+        monkeypatch.setattr(triton_attention._Plan, "of", lambda *_, plan=plan: plan)
+        leaves = [x.to(DEVICE).detach().requires_grad_() for x in (inputs.qkv, inputs.initial)]
+        results = lightning_attention(
+            *leaves[0].split(case.dim, dim=-1), case.slopes.to(DEVICE), return_final_state=leaving, implementation="triton",
+            initial_state=None if states == "none" else leaves[1],
+            cu_seqlens=None if documents is None else case.cu_seqlens.to(DEVICE),
+        )  # fmt: skip
+        results = results if leaving else (results,)
+        torch.autograd.backward(results, [x.to(DEVICE) for x in (inputs.do, inputs.dfinal)[: len(results)]])
+        found.append([*results, *(x.grad for x in leaves if x.grad is not None)])
+    assert len(found[0]) == 2 + (states != "none") + leaving
+    for summed, expected in zip(*found, strict=True):
+        assert torch.equal(summed, expected) and summed.any()
+
+
+def test_few_states_are_summed_by_the_sweeps() -> None:
+    """Not those of a forward pass that is asked for final states, which a scan gives."""
+    few, many = Planned.plan(1024, 8), Planned.plan(65_536, 8)
+    assert (few.scanned, few.backward_scanned) == (False, False)
+    assert (many.scanned, many.backward_scanned) == (True, True)
+    call = Planned(1, 1024, 8, 128, 1, slopes(8, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    assert triton_attention._Plan.of(call, "auto", leaving=True) == replace(few, scanned=True)
+    assert Planned.plan(1024, 64).scanned  # what one sweep saves for dq
 
 
 @pytest.mark.parametrize("documents", [None, (1, 1100, 0, 3)])
@@ -526,6 +568,18 @@ def test_gradients_of_a_packed_projection_have_tokens_in_front_of_heads(order: t
     assert found[1].stride() == (time_major if order == (1, 0, 2) else qkv).stride()
 
 
+def test_recomputed_activation_takes_no_memory_and_changes_no_bits() -> None:
+    qkv, decay = torch.randn(2, 70, 3, 48, device=DEVICE, requires_grad=True), slopes(3, 0, 8).to(DEVICE)
+    gradients, kept = [], []
+    for recompute in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+            kept.append([])
+            o = lightning_attention_packed(qkv, decay, recompute_activation=recompute, implementation="triton")
+        gradients.append(torch.autograd.grad(o, qkv, torch.ones_like(o))[0])
+    assert torch.equal(*gradients)
+    assert [sizes.count(qkv.numel()) for sizes in kept] == [2, 1]
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_tokens_beyond_the_exact_zero_horizon_are_skipped_with_equal_bits(reverse: bool) -> None:
     _, k, v, _ = pack()
@@ -638,23 +692,100 @@ def test_a_whole_head_takes_half_as_many_programs(specialised: list, whole: bool
     assert (programs, given["HALVES"], given["BV"]) == ((6, 2, 64) if whole else (12, 1, 64))
 
 
+@pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("stateful", [False, True])
-def test_one_sweep_takes_dk_and_dv(specialised: list, stateful: bool) -> None:
+def test_one_sweep_takes_dk_and_dv(specialised: list, stateful: bool, scanned: bool) -> None:
     """From the states of parts, where heads do not fill the device, and into the gradient of the initial state."""
     call = Planned(1, 8192, 64, 128, 1, slopes(64, 0, 8), None, torch.bfloat16, torch.device("cpu"))
     x = torch.empty(1, 8192, 64, 128, dtype=torch.bfloat16, device="meta")
     passes: list[tuple[int, ...]] = []
     call_of = type("Recorded", (Planned,), {})
-    call_of.local_states = lambda call, states, q, do, part, *, reverse, span: passes.append((len(states), part, span))
+    call_of.local_states = lambda call, states, q, do, part, *, reverse, span, early: passes.append(
+        (len(states), part, span)
+    )
     call_of.scan = lambda call, states, part, initial, left, *, reverse, span: passes.append((part, span))
     call.__class__ = call_of
-    plan = triton_attention._Plan.of(call, "auto")
+    plan = replace(triton_attention._Plan.of(call, "auto"), backward_scanned=scanned)
     state = torch.empty(1, 64, 128, 128) if stateful else None
     triton_attention._backward(call, plan, x, x, x, x, state, x, x, x, state, None)
-    assert passes == [(7, 1024, 4096), (1024, 4096)]
+    assert passes == [(7, 1024, 4096), (1024, 4096)][: 1 + scanned]
     (_, dq), (programs, given) = specialised
     assert dq["TRANSPOSED"] and "TRANSPOSED" not in given
-    assert (programs, given["ENTRY"], given["LEAVING"]) == (128, 3 if stateful else 2, stateful)
+    assert (programs, given["ENTRY"], given["LEAVING"]) == (128, 2 + stateful + 4 * (not scanned), stateful)
+
+
+@pytest.mark.parametrize("keeping", [False, True])
+def test_sweeps_of_half_heads_of_whole_documents_apply_silu(
+    specialised: list, keeping: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a pass of its own in front of others."""
+    quiet = {"local_states": lambda *_, **__: None, "scan": lambda *_, **__: None}
+    call = type("Quiet", (Planned,), quiet)(
+        1, 256, 3, 128, 1, slopes(3, 0, 8), None, torch.bfloat16, torch.device("cpu")
+    )  # fmt: skip
+    qkv, apart = (torch.empty(1, 256, 3, 384, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    monkeypatch.setattr(triton_attention, "_silu", lambda *_: apart)
+    whole, half = (triton_attention._Plan(*[triton_attention.WHOLE] * 3, forward_whole=w) for w in (True, False))
+    spans = triton_attention._Plan(128, 128, 128)
+    for plan, activate in itertools.product((whole, half, spans), (False, True)):
+        specialised.clear()
+        *_, activated = triton_attention._packed_forward(
+            call, plan, qkv, None, activate=activate, keeping=keeping, saving=keeping, leaving=False
+        )
+        ((_, given),) = specialised
+        assert given["ACTIVATE"] == (activate and plan is half)
+        assert ("KeptRows" in given) == (given["ACTIVATE"] and keeping)
+        if given["ACTIVATE"] and keeping:
+            assert activated is given["KeptRows"] and activated.shape == qkv.shape and activated is not apart
+        else:
+            assert activated is (apart if activate and keeping else None)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 0, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_silu_of_a_dense_projection_is_one_stretch_of_memory(
+    batch: int, order: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contiguous or time-major it is read in place; others are copied."""
+    call = Planned(batch, 7, 3, 128, batch, slopes(3, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    x = torch.randn(batch, 7, 3, 384).permute(*order, 3).contiguous()
+    x = x.permute(*torch.tensor(order).argsort().tolist(), 3)
+    read = []
+
+    def forward(x: torch.Tensor, out: torch.Tensor) -> None:
+        read.append(x.data_ptr())
+        memory = [y.as_strided((y.numel(),), (1,)) for y in (x, out)]
+        memory[1].copy_(torch.nn.functional.silu(memory[0]))
+
+    module = types.SimpleNamespace(forward=forward)
+    monkeypatch.setitem(sys.modules, "m1_kernels.triton_silu", module)
+    monkeypatch.setattr(m1_kernels, "triton_silu", module, raising=False)
+    found = triton_attention._silu(call, x)
+    assert (
+        torch.equal(found, torch.nn.functional.silu(x)) and found.stride() == triton_attention._output_like(x).stride()
+    )
+    in_place = order in ((0, 1, 2), (1, 0, 2))
+    assert (read == [x.data_ptr()]) == in_place
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_launches_before_the_kernel_in_front_has_ended(
+    specialised: list, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only of what follows a kernel of the same call, and where the GPU can; never in the interpreter."""
+    call_of = type("Recorded", (Planned,), {"capability": capability, "local_states": lambda *_, **__: None})
+    call = call_of(1, 1024, 8, 128, 1, slopes(8, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    x = torch.empty(1, 1024, 8, 128, dtype=torch.bfloat16, device="meta")
+    plan = triton_attention._Plan.of(call, "auto")
+    for interpreted in (False, True):
+        monkeypatch.setattr(triton_attention, "interpreting", lambda interpreted=interpreted: interpreted)
+        specialised.clear()
+        _, states = triton_attention._forward(call, plan, x, x, x, x, None, saving=True, leaving=False)
+        triton_attention._backward(call, plan, x, x, x, x, None, x, x, x, None, states)
+        able = capability >= 90 and not interpreted
+        assert [(given["PDL"], given.get("launch_pdl")) for _, given in specialised] == [
+            (able, able or None), (able, None), (able, able or None)
+        ]  # fmt: skip
 
 
 def test_kernels_are_compiled_once_for_packs_of_all_sizes() -> None:
