@@ -18,11 +18,7 @@ M1_DIM = 128
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOKENS, HEADS = 333, 16  # sizes that 16 does and does not divide, as most are
 SPANS = ((WHOLE, WHOLE, WHOLE), (WHOLE, SEGMENT, SEGMENT), (SEGMENT, SEGMENT, SEGMENT))
-PLANS = tuple(
-    _Plan(*spans, whole, whole, scanned=scanned, backward_scanned=scanned)
-    for spans, whole, scanned in itertools.product(SPANS, (False, True), (False, True))
-    if scanned or spans[0] != WHOLE
-)
+PLANS = tuple(_Plan(*spans, whole, whole) for spans in SPANS for whole in (False, True))
 FEATURES = ("VARLEN", "ENTRY", "SAVING", "LEAVING", "INITIAL", "HORIZON")
 
 # name, kernel, signature, constexprs, options
@@ -53,12 +49,11 @@ def cases(capability: int, *, every: bool = False) -> list[Case]:
 
 
 def _computes(case: Case) -> str:
-    """Equal for launches whose loops compute the same, behind a sum of states or none."""
+    """Equal for launches whose loops compute the same."""
     _, kernel, _, constants, _ = case
     transposed = constants.get("D") == M1_DIM and constants.get("TRANSPOSED")
-    summing = constants.get("ENTRY", 0) >= 4
     loops = [constants.get(name) for name in ("REVERSE", "HALVES", "SILU_BACKWARD", "ACTIVATE")]
-    return f"{kernel.__name__} {loops} {'KeptRows' in constants} {transposed} {summing}"
+    return f"{kernel.__name__} {loops} {'KeptRows' in constants} {transposed}"
 
 
 def _features(case: Case) -> int:
@@ -87,12 +82,11 @@ def _run(dim: int, dtype: torch.dtype, plan: _Plan, *, packed: bool, stateful: b
     x, slopes, edges = _inputs(dim, dtype, packed)
     call = _Call.of(x, slopes, edges)
     state = torch.empty(3, HEADS, dim, dim) if stateful else None
-    leaving = stateful and plan.scanned
-    _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=leaving)
+    _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=stateful)
     if call.specialised and plan.forward == WHOLE and not plan.forward_whole:
         for activated in (None, torch.empty(*x.shape[:3], 3 * dim, dtype=dtype)) if saving else (None,):
             triton_attention._forward(
-                call, plan, x, x, x, x, state, saving=saving, leaving=leaving, activate=True, activated=activated
+                call, plan, x, x, x, x, state, saving=saving, leaving=stateful, activate=True, activated=activated
             )
     call.zero_padding(torch.empty(*x.shape[:3], 3 * dim, dtype=dtype))
     if saving:
@@ -112,7 +106,7 @@ def _recording(capability: int) -> Iterator[list[tuple[Any, tuple, dict[str, Any
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *positional, **named: launched.append((self.kernel, positional, named))
 
-    choice = _Call.specialised.fget  # type: ignore[attr-defined]
+    choice = _Call.specialised.func  # type: ignore[attr-defined]
 
     def specialised(call: _Call) -> bool:
         gpu = SimpleNamespace(type="cuda")

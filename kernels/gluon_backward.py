@@ -50,7 +50,7 @@ def _keep(
     PDL: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    q_tiles, do_tiles, rounded, departs, origin, left, ends, states_stride, SPACING = kept
+    q_tiles, do_tiles, rounded, departs, origin, left, ends = kept
     loaded, free, written, read = bars
     X, x_tiles = load
     s, row, start, h, tokens, chunks = sizes
@@ -62,7 +62,7 @@ def _keep(
     state = gl.zeros([ROWS, D], gl.float32, layout)
     if ENTRY:
         places = _places(FIRST, 1, 0, D, ROWS, layout)
-        state = _enter(state, origin, places, True, s, states_stride, SPACING, ENTRY, True, PDL)
+        state = _enter(state, origin, places, True, PDL)
     stage = 0
     phase = 0
     for c in range(chunks):
@@ -201,13 +201,13 @@ def reverse_sweep(
     DO,
     DK,
     DV,
+    KRaw,
+    VRaw,
     DKRows,
     DVRows,
     stride_ob,
     stride_ot,
     stride_oh,
-    KRaw,
-    VRaw,
     Slopes,
     Cu,
     Entry,
@@ -230,7 +230,7 @@ def reverse_sweep(
 ):
     """dk and dv of one head and span. Grid: spans * H.
 
-    SILU_BACKWARD: times the derivative of SiLU at KRaw and VRaw. STAGES: of q and do; OWN_STAGES: of k and v.
+    SILU_BACKWARD: times the derivative of SiLU at KRaw and VRaw, else None. STAGES: of q and do; OWN_STAGES: of k and v.
 
     All descriptors have blocks [1, C, 1, D]. DKRows, DVRows: the tensors behind DK and DV, with the same strides, for chunks that
     are not full. SEGMENT is a multiple of C, and of SPACING, the tokens between States. Entry, States, Left, ENTRY and LEAVING
@@ -242,7 +242,7 @@ def reverse_sweep(
     document = 0
     if VARLEN:
         document = _document(w, Cu, T, SEGMENT, documents)
-    row, document, start, tokens, is_first, is_last, _, end = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, is_first, is_last, _, _ = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
     dk_rows = DKRows + row.to(gl.int64) * stride_ob + h * stride_oh
     dv_rows = DVRows + row.to(gl.int64) * stride_ob + h * stride_oh
 
@@ -261,10 +261,7 @@ def reverse_sweep(
             is_first = False
             is_last = False
 
-    border = start + SEGMENT
-    origin = _origin(
-        Entry, States, row, document, h, border, end - border, is_last, tokens, T, H, SPACING, D, ENTRY, True
-    )
+    origin = _origin(Entry, States, row, document, h, start + SEGMENT, is_last, tokens, T, H, SPACING, D, ENTRY)
     left = Left + (document.to(gl.int64) * H + h) * D * D
     s = gl.load(Slopes + h) * LOG2_E
     chunks = gl.cdiv(tokens, C)
@@ -327,7 +324,7 @@ def reverse_sweep(
     keys = (K, VRaw, k_tiles, v_raw, k_arrived, v_fetched)
     values = (V, KRaw, v_tiles, k_raw, v_arrived, k_fetched)
     of_rows = (s, row, start, h, tokens, chunks, stride_ot)
-    kept = (q_tiles, do_tiles, rounded, departs, origin, left, is_first, H * D * D, SPACING)
+    kept = (q_tiles, do_tiles, rounded, departs, origin, left, is_first)
     of_state = (s, row, start, h, tokens, chunks)
     gl.warp_specialize(
         [

@@ -48,7 +48,7 @@ ROWWISE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 def descriptor(x: Any, rows: int, columns: int) -> TensorDescriptor:
     """Of tiles [1, rows, 1, columns] of x [B, T, H, D], 16-bit, with strides that are multiples of 16 bytes."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns], TILE)
+    return TensorDescriptor.from_tensor(x, [1, rows, 1, columns], TILE)
 
 
 @gluon.jit
@@ -283,7 +283,7 @@ def _advance(
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    Out, out_rows, stride_ot, X, origin, saved, left, across, ends, states_stride, SPACING = given[0]
+    Out, out_rows, stride_ot, X, origin, saved, left, across, ends, states_stride = given[0]
     a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched = given[1]
     slope, row, start, h, e, tokens, chunks, SAVE = given[2]
     # Here, not in front of all partitions: the first tiles would wait for it.
@@ -306,7 +306,7 @@ def _advance(
     state = gl.zeros([BV, D], gl.float32, of_state)
     if ENTRY:
         places = _places(e, across, 0, D, BV, of_state)
-        state = _enter(state, origin, places, True, s, states_stride, SPACING, ENTRY, False, PDL)
+        state = _enter(state, origin, places, True, PDL)
     if SILU_BACKWARD:
         # x comes where the result is to leave from.
         _fetch(X, fetched.index(HALF * 2), row, start, h, e, out_tiles.index(HALF * 2), chunks > 0)
@@ -390,11 +390,11 @@ def sweep(
     B_,
     V,
     Out,
+    X,
     OutRows,
     stride_ob,
     stride_ot,
     stride_oh,
-    X,
     Slopes,
     Cu,
     Entry,
@@ -430,7 +430,7 @@ def sweep(
     """As `triton_lightning.sweep`, forward. Grid: spans * H * D / BV / HALVES.
 
     HALVES: 2 has all value channels in one program, else 1.
-    SILU_BACKWARD: out is multiplied by the derivative of SiLU at X, a descriptor like Out.
+    SILU_BACKWARD: out is multiplied by the derivative of SiLU at X, a descriptor like Out; else X is None.
     ACTIVATE: of SiLU of a, b and v, with HALVES = 1. KeptRows, if there, takes these [B, T, H, a | b | v]; Kept and KeptV: its descriptors
     with blocks as of A and V. Rows of no document are not written.
     """
@@ -445,7 +445,7 @@ def sweep(
     document = 0
     if VARLEN:
         document = _document(w, Cu, T, SEGMENT, documents)
-    row, document, start, tokens, is_first, is_last, begin, _ = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, is_first, is_last, _, _ = _span(w, document, Cu, T, SEGMENT, documents, VARLEN)
     across = D if TRANSPOSED else 1
     out_rows = OutRows + row.to(gl.int64) * stride_ob + h * stride_oh + e
 
@@ -462,9 +462,7 @@ def sweep(
             is_first = False
             is_last = False
 
-    origin = _origin(
-        Entry, States, row, document, h, start, start - begin, is_first, tokens, T, H, SPACING, D, ENTRY, False
-    )
+    origin = _origin(Entry, States, row, document, h, start, is_first, tokens, T, H, SPACING, D, ENTRY)
     saved = Saved + (_border(row, start, T, SAVE).to(gl.int64) * H + h) * D * D
     left = Left + (document.to(gl.int64) * H + h) * D * D
     slope = Slopes + h
@@ -497,7 +495,7 @@ def sweep(
     fence_async_shared()
 
     given = (
-        (Out, out_rows, stride_ot, X, origin, saved, left, across, is_last, H * D * D, SPACING),
+        (Out, out_rows, stride_ot, X, origin, saved, left, across, is_last, H * D * D),
         (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, ready, scored, free, fetched),
         (slope, row, start, h, e, tokens, chunks, SAVE),
     )

@@ -1,9 +1,8 @@
 """Lightning attention on the Triton kernels: which spans, which launches, and the backward pass.
 
 Forward, fused: one sweep per document. Forward, segmented: the states that spans of a document leave behind
-(`local_states`, two reads), their scan, then sweeps of all spans at once; few states the sweeps sum without a scan. Backward: dq
-from the states that the forward pass saved where spans meet; dk and dv in one reverse sweep, fused or segmented likewise. Nothing
-reads cu_seqlens on the host.
+(`local_states`, two reads), their scan, then sweeps of all spans at once. Backward: dq from the states that the forward
+pass saved where spans meet; dk and dv in one reverse sweep, fused or segmented likewise. Nothing reads cu_seqlens on the host.
 """
 
 import functools
@@ -33,12 +32,10 @@ WHOLE = 2**30
 """Tokens of a span that no document reaches."""
 CHUNK_US = {"specialised": (2, 1.2), "whole": (1, 2.2), "backward": (1, 3.1)}
 """Programs of a head and the time of one of its chunks, all multiprocessors at work. These and the next as measured on an H200."""
-WAVE_US, LAUNCH_US, PASS_US, SAVE_US = 5.0, 4.5, (0.75, 1.06), 2.0
-"""Until a program has its first chunk; a launch more; a chunk of the pass over states, in one program and for a multiprocessor; a state
-saved.
+WAVE_US, LAUNCH_US, PASS_US, SCAN_US, SAVE_US = 5.0, 4.5, (0.75, 1.06), (2.95, 0.28), 2.0
+"""Until a program has its first chunk; the launch of the pass over states; a chunk of that pass, in one program and for a multiprocessor;
+a scan launched early, and a state in it; a state saved.
 """
-SUM_US, SCAN_US, SUMMED = 0.6, (5.5, 0.28), 8
-"""A state summed by the sweep's programs; a scan, and a state in it; so many states at most are summed by the programs."""
 
 
 def obstacle(q: torch.Tensor) -> str | None:
@@ -125,6 +122,7 @@ class Tiling:
     stages: int
 
 
+@functools.cache
 def tiling(kernel: str, dtype: torch.dtype, padded_dim: int, capability: int) -> Tiling:
     """Of kernel "sweep", "specialised", "whole" (heads), "backward" or "local" on compute capability `capability` (times ten).
 
@@ -173,8 +171,8 @@ class Spread:
         """The fastest for `rows` heads of all documents, of so many chunks each. saved: no pass over states comes before the sweep."""
 
         def parts(spans: int) -> int:
-            """About four programs of the pass, which have half a head, for each multiprocessor."""
-            return max(1, min(round(2 * processors / (rows * max(1, spans - 1))), -(-chunks // spans) // 4))
+            """About four programs of the pass, which have half a head, for each multiprocessor; below 8 chunks they do not pay."""
+            return max(1, min(round(2 * processors / (rows * max(1, spans - 1))), -(-chunks // spans) // 8))
 
         def microseconds(choice: tuple[str, int]) -> float:
             kind, spans = choice
@@ -186,9 +184,7 @@ class Spread:
             if saved:
                 return sweep + SAVE_US * (spans - 1)
             passed = max(PASS_US[0] * span / parts(spans), PASS_US[1] * rows * (chunks - span) / processors)
-            count = (spans - 1) * parts(spans)
-            summed = SUM_US * count if count <= SUMMED else SCAN_US[0] + SCAN_US[1] * count
-            return sweep + passed + LAUNCH_US + summed
+            return sweep + passed + LAUNCH_US + SCAN_US[0] + SCAN_US[1] * (spans - 1) * parts(spans)
 
         most = max(1, chunks // 4)
         choices = []
@@ -206,6 +202,15 @@ class Spread:
         """Spans of half as many parts, where they have an even number, for packs: uneven documents then fill the multiprocessors
         better (16 in 64k tokens, 64 heads: 1.86 ms in place of 2.33), and one of all tokens takes little longer (2.08, 2.00)."""
         return replace(self, segment=self.segment // 2, parts=self.parts // 2) if self.parts % 2 == 0 else self
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """(Compute capability times ten, multiprocessors); of a small sm_90 for the interpreter."""
+    if device.type != "cuda":
+        return 90, 4
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 @dataclass(frozen=True)
@@ -230,26 +235,25 @@ class _Call:
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         return cls(batch, tokens, heads, dim, documents, slopes, cu_seqlens, x.dtype, x.device)
 
-    @property
+    @functools.cached_property
     def padded_dim(self) -> int:
         return 1 << (self.dim - 1).bit_length()
 
-    @property
+    @functools.cached_property
     def blocks(self) -> int:
         """Value blocks of one head in a sweep."""
         return -(-self.dim // self.tiling("sweep").values)
 
-    @property
+    @functools.cached_property
     def capability(self) -> int:
-        major, minor = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (9, 0)
-        return 10 * major + minor
+        return _gpu(self.device)[0]
 
-    @property
+    @functools.cached_property
     def specialised(self) -> bool:
         """Whether the sweeps run with one task per warp group (`gluon_lightning`)."""
         return self.device.type == "cuda" and self.capability == 90 and self.dim == 128 and self.dtype != torch.float32
 
-    @property
+    @functools.cached_property
     def pdl(self) -> bool:
         """Whether kernels can be launched before those in front have ended."""
         return self.capability >= 90 and not interpreting()
@@ -257,9 +261,9 @@ class _Call:
     def tiling(self, kernel: str) -> Tiling:
         return tiling(kernel, self.dtype, self.padded_dim, self.capability)
 
-    @property
+    @functools.cached_property
     def processors(self) -> int:
-        return torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 4
+        return _gpu(self.device)[1]
 
     def spans(self, segment: int) -> int:
         """Upper bound of the number of spans, from shapes alone; the padding of a pack is a document of its own."""
@@ -296,7 +300,7 @@ class _Call:
     def descriptor(self, x: torch.Tensor, rows: int, columns: int) -> Any:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns])
+        return TensorDescriptor.from_tensor(x, [1, rows, 1, columns])
 
     def _launch(self, early: bool) -> dict[str, Any]:
         """Constants and options of a launch. early: before the kernel in front has ended, one of this call's."""
@@ -325,7 +329,6 @@ class _Call:
         silu_input: torch.Tensor | None = None,
         activate: bool = False,
         activated: torch.Tensor | None = None,
-        scanned: bool = True,
         early: bool = False,
     ) -> None:
         """Launch a sweep from the states `entry` of documents and `states` where spans meet.
@@ -336,7 +339,7 @@ class _Call:
         silu_input: x [B, T, H, D], if specialised; each value of out is multiplied by the derivative of SiLU at it.
         activate: the sweep is that of SiLU of a, b and v, if specialised and not `whole`. activated: [B, T, H, 3D], takes them but for
         rows of no document.
-        scanned: whether `scan` has summed the states; the sweep's programs do it else, to the same bits. early: as in `_launch`.
+        early: as in `_launch`.
         """
         from m1_kernels import triton_lightning
 
@@ -347,7 +350,7 @@ class _Call:
         sizes = (self.tokens, self.heads, segment, spacing or segment, save, self.documents)
         constants: dict[str, Any] = {
             "D": self.dim, "BV": tile.values, "C": tile.chunk, "VARLEN": self.cu_seqlens is not None,
-            "TRANSPOSED": transposed, "ENTRY": _entry(entry, states, scanned), "SAVING": saved is not None,
+            "TRANSPOSED": transposed, "ENTRY": (entry is not None) + 2 * (states is not None), "SAVING": saved is not None,
             "LEAVING": left is not None, "STAGES": tile.stages, "num_warps": tile.warps,
             **self._launch(early),
         }  # fmt: skip
@@ -356,10 +359,11 @@ class _Call:
 
             assert not reverse, "of specialised sweeps the reverse one is `reverse_sweep`"
             tiles = (
-                gluon_lightning.descriptor(x, tile.chunk, width)
-                for x, width in ((a, self.dim), (b, self.dim), (v, tile.values), (out, tile.values))
-            )
-            before = gluon_lightning.descriptor(out if silu_input is None else silu_input, tile.chunk, tile.values)
+                None if x is None else gluon_lightning.descriptor(x, tile.chunk, width)
+                for x, width in (
+                    (a, self.dim), (b, self.dim), (v, tile.values), (out, tile.values), (silu_input, tile.values)
+                )
+            )  # fmt: skip
             halves = self.blocks if whole else 1
             if activated is not None:
                 strides = dict(zip(("stride_kb", "stride_kt", "stride_kh"), activated.stride()))
@@ -369,7 +373,7 @@ class _Call:
                     "KeptRows": activated, **strides,
                 }  # fmt: skip
             gluon_lightning.sweep[(grid // halves,)](
-                *tiles, out, *out.stride()[:3], before, self.slopes, *pointers, *sizes,
+                *tiles, out, *out.stride()[:3], self.slopes, *pointers, *sizes,
                 SILU_BACKWARD=silu_input is not None, ACTIVATE=activate, HALVES=halves, **constants,
             )  # fmt: skip
             return
@@ -395,13 +399,11 @@ class _Call:
         entry: torch.Tensor | None,
         states: torch.Tensor | None,
         left: torch.Tensor | None,
-        scanned: bool,
         silu_inputs: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """Launch what writes dk and dv, strides alike, from gradients `entry` of final states and `states` at every `spacing` tokens.
 
-        left: takes the gradients of initial states. scanned: as in `sweep`.
-        silu_inputs: of k and v, as in `sweep`.
+        left: takes the gradients of initial states. silu_inputs: of k and v, as in `sweep`.
         """
         if not self.specialised:
             assert silu_inputs is None, "only specialised sweeps multiply by a derivative"
@@ -411,7 +413,6 @@ class _Call:
                 "reverse": True,
                 "entry": entry,
                 "states": states,
-                "scanned": scanned,
                 "early": states is not None,
             }
             self.sweep(k, q, do, dv, left=left, **shared)
@@ -421,14 +422,14 @@ class _Call:
 
         tile = self.tiling("backward")
 
-        def descriptors(*tensors: torch.Tensor) -> list[Any]:
-            return [gluon_lightning.descriptor(x, tile.chunk, self.dim) for x in tensors]
-
+        tiles = (
+            None if x is None else gluon_lightning.descriptor(x, tile.chunk, self.dim)
+            for x in (q, k, v, do, dk, dv, *(silu_inputs or (None, None)))
+        )
         pointers = (self.slopes if x is None else x for x in (self.cu_seqlens, entry, states, left))
         gluon_backward.reverse_sweep[(self.spans(segment) * self.heads,)](
-            *descriptors(q, k, v, do, dk, dv), dk, dv, *dk.stride()[:3], *descriptors(*(silu_inputs or (k, v))),
-            self.slopes, *pointers, self.tokens, self.heads, segment, spacing, self.documents,
-            D=self.dim, C=tile.chunk, VARLEN=self.cu_seqlens is not None, ENTRY=_entry(entry, states, scanned),
+            *tiles, dk, dv, *dk.stride()[:3], self.slopes, *pointers, self.tokens, self.heads, segment, spacing, self.documents,
+            D=self.dim, C=tile.chunk, VARLEN=self.cu_seqlens is not None, ENTRY=(entry is not None) + 2 * (states is not None),
             LEAVING=left is not None, SILU_BACKWARD=silu_inputs is not None, STAGES=tile.stages,
             OWN_STAGES=tile.stages if silu_inputs is None else tile.stages - 1, num_warps=tile.warps,
             **self._launch(states is not None),
@@ -472,11 +473,6 @@ class _Call:
         )  # fmt: skip
 
 
-def _entry(entry: torch.Tensor | None, states: torch.Tensor | None, scanned: bool) -> int:
-    """ENTRY of a sweep."""
-    return (entry is not None) + (0 if states is None else 2 if scanned else 6)
-
-
 def _precision(dtype: torch.dtype) -> str:
     if interpreting():
         return "upcast"
@@ -488,7 +484,6 @@ class _Plan:
     """Tokens of a span: of the forward sweep, of saved states and dq, of the reverse sweeps. Under a named strategy fixed.
 
     whole: whether a specialised program of these sweeps has a whole head, which changes no bits. parts: of a span, see `Spread`.
-    scanned: as in `_Call.sweep`, of the forward sweep and dq, and of the reverse sweep. Changes no bits either.
     """
 
     forward: int
@@ -498,8 +493,6 @@ class _Plan:
     dq_whole: bool = False
     forward_parts: int = 1
     parts: int = 1
-    scanned: bool = True
-    backward_scanned: bool = True
 
     @property
     def spacing(self) -> int:
@@ -507,18 +500,7 @@ class _Plan:
         return self.save // self.forward_parts
 
     @classmethod
-    def of(cls, call: _Call, strategy: str, leaving: bool = False) -> "_Plan":
-        """leaving: whether final states are asked for, which a scan gives."""
-        plan = cls._spans(call, strategy)
-
-        def scanned(span: int, parts: int) -> bool:
-            return span == WHOLE or -(-call.tokens * parts // span) - 1 > SUMMED
-
-        forward, backward = scanned(plan.forward, plan.forward_parts), scanned(plan.backward, plan.parts)
-        return replace(plan, scanned=leaving or forward, backward_scanned=backward)
-
-    @classmethod
-    def _spans(cls, call: _Call, strategy: str) -> "_Plan":
+    def of(cls, call: _Call, strategy: str) -> "_Plan":
         if strategy != "auto":
             span = SEGMENT if strategy == "segmented" else WHOLE
             whole = call.specialised and call.spread("specialised", "whole", segment=span).kind == "whole"
@@ -540,7 +522,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, slopes, initial_state, cu_seqlens, return_final_state: bool, strategy: str):
         call = _Call.of(q, slopes, cu_seqlens)
-        plan = _Plan.of(call, strategy, return_final_state)
+        plan = _Plan.of(call, strategy)
         q, k, v = (_readable(x) for x in (q, k, v))
         initial_state = None if initial_state is None else initial_state.contiguous()
         o = _output_like(q)
@@ -577,7 +559,7 @@ class _PackedAttention(torch.autograd.Function):
     ):
         qkv = _readable(qkv)
         call = _Call.of(_thirds(qkv)[0], slopes, cu_seqlens)
-        plan = _Plan.of(call, strategy, return_final_state)
+        plan = _Plan.of(call, strategy)
         initial_state = None if initial_state is None else initial_state.contiguous()
         needed = any(ctx.needs_input_grad)
         o, final_state, states, kept = _packed_forward(
@@ -674,7 +656,6 @@ def _forward(
     No states where dq too runs whole documents: it starts from their initial states. The final state of a document in spans
     is that of `scan_states`, so that a document cut between spans goes on with the same bits.
     """
-    assert plan.scanned or not leaving
     final_state = call.document_states() if leaving else None
     if not call.tokens or not call.documents:
         o.zero_()
@@ -700,8 +681,7 @@ def _forward(
     else:
         states, part = call.states(plan.spacing), plan.spacing
         call.local_states(states, k, v, part, reverse=False, left=final_state, span=plan.forward)
-        if plan.scanned:
-            call.scan(states, part, initial_state, final_state, reverse=False, span=plan.forward)
+        call.scan(states, part, initial_state, final_state, reverse=False, span=plan.forward)
         call.sweep(
             q,
             k,
@@ -712,7 +692,6 @@ def _forward(
             entry=initial_state,
             states=states,
             whole=plan.forward_whole,
-            scanned=plan.scanned,
             early=True,
         )
     return final_state, states if saving else None
@@ -743,17 +722,14 @@ def _backward(call: _Call, plan: _Plan, q, k, v, do, dfinal, dq, dk, dv, initial
         transposed=True,
         whole=plan.dq_whole,
         silu_input=None if silu_inputs is None else silu_inputs[0],
-        scanned=plan.scanned,
     )
     states, part = None, plan.backward // plan.parts
     if plan.backward != WHOLE:
         states = call.states(part)
         call.local_states(states, q, do, part, reverse=True, span=plan.backward, early=True)
-        if plan.backward_scanned:
-            call.scan(states, part, dfinal, None, reverse=True, span=plan.backward)
+        call.scan(states, part, dfinal, None, reverse=True, span=plan.backward)
     call.reverse_sweep(
         q, k, v, do, dk, dv, segment=plan.backward, spacing=part, entry=dfinal, states=states, left=dinitial,
-        scanned=plan.backward_scanned,
         silu_inputs=None if silu_inputs is None else silu_inputs[1:],
     )  # fmt: skip
     return dinitial

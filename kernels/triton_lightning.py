@@ -85,73 +85,33 @@ def _border(row, token, T, SEGMENT):
 
 @triton.jit
 def _origin(
-    Entry,
-    States,
-    row,
-    document,
-    h,
-    border,
-    behind,
-    begins,
-    tokens,
-    T,
-    H,
-    SPACING,
-    D: tl.constexpr,
-    ENTRY: tl.constexpr,
-    REVERSE: tl.constexpr,
+    Entry, States, row, document, h, border, begins, tokens, T, H, SPACING, D: tl.constexpr, ENTRY: tl.constexpr
 ):
-    """Where the state that enters a span at `border` comes from, for `_enter`. ENTRY and the names above it: as in `sweep`.
+    """(Where the state lies that enters a span at `border`, whether there is one), for `_enter`. ENTRY and the tensors: as in `sweep`.
 
-    behind: tokens of the document on the other side of the border; begins: of a span that has none.
+    begins: whether the span is the first of its document in the direction of the sweep.
     """
     entry = Entry + (document.to(tl.int64) * H + h) * D * D
     given = begins
-    parts = States
-    steps = 0
     if ENTRY >= 2:
         goes_on = (begins == 0) & (tokens > 0)
-        given = (begins | goes_on) if ENTRY % 2 else goes_on
-        place = _border(row, border, T, SPACING)
-        if ENTRY >= 4:
-            steps = tl.where(goes_on, tl.cdiv(behind, SPACING), 0)
-            place += (steps - 1) * (1 if REVERSE else -1)
-            parts = States + (place.to(tl.int64) * H + h) * D * D
-        else:
-            if goes_on:
-                entry = States + (place.to(tl.int64) * H + h) * D * D
-    return entry, given, parts, steps, behind
+        given = (begins | goes_on) if ENTRY == 3 else goes_on
+        if goes_on:
+            entry = States + (_border(row, border, T, SPACING).to(tl.int64) * H + h) * D * D
+    return entry, given
 
 
 @triton.jit
-def _enter(
-    state,
-    origin,
-    places,
-    inside,
-    s,
-    stride,
-    SPACING,
-    ENTRY: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The state that enters a span, from `_origin`; state: zeros. Sums states of parts as `scan_states` does, to the same bits.
+def _enter(state, origin, places, inside, PDL: tl.constexpr):
+    """The state that enters a span, from `_origin`; state: zeros.
 
     places: where the elements of a state lie in memory; inside: those that do.
     """
-    entry, given, parts, steps, behind = origin
+    entry, given = origin
     if PDL:
         gdc_wait()
-    if ENTRY != 6:
-        if given:
-            state = tl.load(entry + places, mask=inside, other=0.0)
-    if ENTRY >= 4:
-        for step in range(steps):
-            tokens = tl.minimum(behind - (steps - 1 - step) * SPACING, SPACING)
-            part = tl.load(parts + places, mask=inside, other=0.0)
-            state = state * tl.exp2(-s * tokens.to(tl.float32)) + part
-            parts += stride * (-1 if REVERSE else 1)
+    if given:
+        state = tl.load(entry + places, mask=inside, other=0.0)
     return state
 
 
@@ -294,7 +254,7 @@ def sweep(
 
     A, B_: descriptors with blocks [1, C, 1, DP]; V, Out: [1, C, 1, BV]. OutRows: the tensor behind Out, for chunks that are not
     full.
-    ENTRY: a sum of 1, there is Entry; 2, there are States; 4, States are of `local_states`, not yet summed by `scan_states`.
+    ENTRY: a sum of 1, there is Entry; 2, there are States.
     Entry: float32 [documents, H, D, D], what documents start from, else zero.
     States: [., H, D, D], what their other spans start from, by `_border` among states every SPACING tokens, of which
     SEGMENT is a multiple.
@@ -309,7 +269,7 @@ def sweep(
     w = pid // (H * BLOCKS)
     h = pid // BLOCKS % H
     e = pid % BLOCKS * BV
-    row, document, start, tokens, is_first, is_last, begin, end = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
+    row, document, start, tokens, is_first, is_last, _, _ = _locate(w, Cu, T, SEGMENT, documents, VARLEN)
     channels = tl.arange(0, DP)
     columns = e + tl.arange(0, BV)
     inside = (columns < D)[:, None] & (channels < D)[None, :]
@@ -335,21 +295,17 @@ def sweep(
     begins = is_first
     ends = is_last
     border = start
-    behind = start - begin
     if REVERSE:
         begins = is_last
         ends = is_first
         border = start + SEGMENT
-        behind = end - border
-    s = tl.load(Slopes + h) * LOG2_E
     state = tl.zeros([BV, DP], tl.float32)
     if ENTRY:
-        origin = _origin(
-            Entry, States, row, document, h, border, behind, begins, tokens, T, H, SPACING, D, ENTRY, REVERSE
-        )  # fmt: skip
-        state = _enter(state, origin, places, inside, s, H * D * D, SPACING, ENTRY, REVERSE, PDL)
+        origin = _origin(Entry, States, row, document, h, border, begins, tokens, T, H, SPACING, D, ENTRY)
+        state = _enter(state, origin, places, inside, PDL)
     saved_states = Saved + (_border(row, start, T, SAVE).to(tl.int64) * H + h) * D * D
 
+    s = tl.load(Slopes + h) * LOG2_E
     whole = tl.exp2(-s * C)
     full = tokens // C * C
     if REVERSE:

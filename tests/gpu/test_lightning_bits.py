@@ -56,34 +56,6 @@ def test_whole_heads_have_the_bits_of_halves(
     assert_same_bits(*found)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("states", ["none", "initial", "both"])
-@pytest.mark.parametrize("whole, parts, dim", [(False, 1, D), (True, 2, D), (True, 4, D), (False, 2, 64)])
-def test_states_summed_by_the_sweeps_have_the_bits_of_a_scan(
-    whole: bool, parts: int, dim: int, states: str, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With final states the forward pass has its scan."""
-    tokens, documents = (sum(DOCUMENTS) + 92, DOCUMENTS) if packed else (4098, None)
-    inputs = make_inputs(tokens, HEADS, dim, torch.bfloat16, documents=documents)
-    leaving, found = states == "both", []
-    for scanned in (True, False, False):
-        plan = _Plan(
-            *[SEGMENT] * 3, whole, whole, parts, parts, scanned=scanned or leaving, backward_scanned=scanned
-        )  # fmt: skip
-        monkeypatch.setattr(_Plan, "of", lambda *_, plan=plan: plan)
-        leaves = [x.clone().requires_grad_() for x in (inputs.qkv, inputs.initial)]
-        results = lightning_attention(
-            *leaves[0].split(dim, dim=-1), inputs.decay, cu_seqlens=inputs.edges, return_final_state=leaving,
-            initial_state=None if states == "none" else leaves[1], implementation="triton",
-        )  # fmt: skip
-        results = results if leaving else (results,)
-        torch.autograd.backward(results, (inputs.do, inputs.dfinal)[: len(results)])
-        found.append([*results, *(x.grad for x in leaves if x.grad is not None)])
-    for summed in found[1:]:
-        for x, expected in zip(summed, found[0], strict=True):
-            assert torch.equal(x, expected) and x.any()
-
-
 @pytest.mark.parametrize("strategy", ["fused", "segmented", "auto"])
 def test_runs_repeat_bitwise(strategy: str) -> None:
     for inputs in (pack(), make_inputs(4098, HEADS, D, torch.bfloat16)):

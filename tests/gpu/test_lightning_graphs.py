@@ -48,7 +48,7 @@ def captured(step: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
 @pytest.mark.parametrize("strategy", ["fused", "segmented", "auto"])
 @pytest.mark.parametrize("documents", [None, (300, 1, 0, 599)], ids=["dense", "packed"])
 def test_training_step(documents, strategy: str, leaving: bool, monkeypatch) -> None:
-    """leaving: with final states, which a scan gives."""
+    """leaving: with final states."""
     monkeypatch.setattr(triton_attention, "SEGMENT", 256)
     inputs = make_inputs(1000, HEADS, D, torch.bfloat16, documents=documents)
     qkv, initial = inputs.qkv.requires_grad_(), inputs.initial.clone().requires_grad_()

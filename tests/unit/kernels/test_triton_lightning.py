@@ -282,6 +282,9 @@ def test_auto_leaves_documents_whole_where_rows_fill_the_device_or_are_short() -
         (3, 65_536, 32, (1, 1, True), (4, True)),
         (1, 65_536, 16, (8, 2, True), (8, True)),
         (1, 65_536, 8, (16, 2, True), (16, True)),
+        (1, 8192, 8, (16, 1, True), (16, True)),
+        (1, 4096, 16, (8, 1, True), (8, True)),
+        (1, 4096, 8, (16, 1, True), (16, True)),
         (1, 2048, 8, (8, 1, False), (8, False)),
         (1, 1024, 8, (4, 1, False), (4, False)),
         (1, 512, 8, (1, 1, False), (2, False)),
@@ -322,6 +325,7 @@ def test_named_strategies_choose_whole_heads_by_shape(strategy: str, heads: int,
         (1, 65_536, 70, 5, 1),
         (1, 65_536, 16, 8, 2),
         (1, 65_536, 8, 16, 2),
+        (1, 8192, 8, 16, 1),
         (1, 2048, 8, 8, 1),
         (1, 1024, 8, 4, 1),
         (1, 256, 8, 1, 1),
@@ -380,45 +384,6 @@ def test_sweeps_start_from_states_closer_than_their_spans(
     plan = triton_attention._Plan(span, span, span, forward_parts=2)
     monkeypatch.setattr(triton_attention._Plan, "of", lambda *_: plan)
     assert_matches_oracle(triton_with("auto"), Case(tokens=440, heads=1, documents=documents), FLOAT32_BOUND)
-
-
-@pytest.mark.parametrize("states", ["none", "initial", "both"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("documents", [None, (1, 300, 0, 131, 129, 0)])
-def test_states_summed_by_the_sweeps_have_the_bits_of_a_scan(
-    documents: tuple[int, ...] | None, dtype: torch.dtype, states: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With final states the forward pass has its scan."""
-    case = Case(tokens=570, heads=2, documents=documents, dtype=dtype, layer=6)
-    inputs = make_inputs(case)
-    leaving, found = states == "both", []
-    for scanned in (True, False):
-        plan = triton_attention._Plan(
-            *[2 * CHUNK] * 3, forward_parts=2, parts=2, scanned=scanned or leaving, backward_scanned=scanned
-        )
-        monkeypatch.setattr(triton_attention._Plan, "of", lambda *_, plan=plan: plan)
-        leaves = [x.to(DEVICE).detach().requires_grad_() for x in (inputs.qkv, inputs.initial)]
-        results = lightning_attention(
-            *leaves[0].split(case.dim, dim=-1), case.slopes.to(DEVICE), return_final_state=leaving, implementation="triton",
-            initial_state=None if states == "none" else leaves[1],
-            cu_seqlens=None if documents is None else case.cu_seqlens.to(DEVICE),
-        )  # fmt: skip
-        results = results if leaving else (results,)
-        torch.autograd.backward(results, [x.to(DEVICE) for x in (inputs.do, inputs.dfinal)[: len(results)]])
-        found.append([*results, *(x.grad for x in leaves if x.grad is not None)])
-    assert len(found[0]) == 2 + (states != "none") + leaving
-    for summed, expected in zip(*found, strict=True):
-        assert torch.equal(summed, expected) and summed.any()
-
-
-def test_few_states_are_summed_by_the_sweeps() -> None:
-    """Not those of a forward pass that is asked for final states, which a scan gives."""
-    few, many = Planned.plan(1024, 8), Planned.plan(65_536, 8)
-    assert (few.scanned, few.backward_scanned) == (False, False)
-    assert (many.scanned, many.backward_scanned) == (True, True)
-    call = Planned(1, 1024, 8, 128, 1, slopes(8, 0, 8), None, torch.bfloat16, torch.device("cpu"))
-    assert triton_attention._Plan.of(call, "auto", leaving=True) == replace(few, scanned=True)
-    assert Planned.plan(1024, 64).scanned  # what one sweep saves for dq
 
 
 @pytest.mark.parametrize("documents", [None, (1, 1100, 0, 3)])
@@ -692,9 +657,8 @@ def test_a_whole_head_takes_half_as_many_programs(specialised: list, whole: bool
     assert (programs, given["HALVES"], given["BV"]) == ((6, 2, 64) if whole else (12, 1, 64))
 
 
-@pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("stateful", [False, True])
-def test_one_sweep_takes_dk_and_dv(specialised: list, stateful: bool, scanned: bool) -> None:
+def test_one_sweep_takes_dk_and_dv(specialised: list, stateful: bool) -> None:
     """From the states of parts, where heads do not fill the device, and into the gradient of the initial state."""
     call = Planned(1, 8192, 64, 128, 1, slopes(64, 0, 8), None, torch.bfloat16, torch.device("cpu"))
     x = torch.empty(1, 8192, 64, 128, dtype=torch.bfloat16, device="meta")
@@ -705,13 +669,13 @@ def test_one_sweep_takes_dk_and_dv(specialised: list, stateful: bool, scanned: b
     )
     call_of.scan = lambda call, states, part, initial, left, *, reverse, span: passes.append((part, span))
     call.__class__ = call_of
-    plan = replace(triton_attention._Plan.of(call, "auto"), backward_scanned=scanned)
+    plan = triton_attention._Plan.of(call, "auto")
     state = torch.empty(1, 64, 128, 128) if stateful else None
     triton_attention._backward(call, plan, x, x, x, x, state, x, x, x, state, None)
-    assert passes == [(7, 1024, 4096), (1024, 4096)][: 1 + scanned]
+    assert passes == [(7, 1024, 4096), (1024, 4096)]
     (_, dq), (programs, given) = specialised
     assert dq["TRANSPOSED"] and "TRANSPOSED" not in given
-    assert (programs, given["ENTRY"], given["LEAVING"]) == (128, 2 + stateful + 4 * (not scanned), stateful)
+    assert (programs, given["ENTRY"], given["LEAVING"]) == (128, 2 + stateful, stateful)
 
 
 @pytest.mark.parametrize("keeping", [False, True])
@@ -773,11 +737,12 @@ def test_launches_before_the_kernel_in_front_has_ended(
     specialised: list, capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only of what follows a kernel of the same call, and where the GPU can; never in the interpreter."""
-    call_of = type("Recorded", (Planned,), {"capability": capability, "local_states": lambda *_, **__: None})
-    call = call_of(1, 1024, 8, 128, 1, slopes(8, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    others = dict.fromkeys(("local_states", "scan"), lambda *_, **__: None)
+    call_of = type("Recorded", (Planned,), {"capability": capability, **others})
     x = torch.empty(1, 1024, 8, 128, dtype=torch.bfloat16, device="meta")
-    plan = triton_attention._Plan.of(call, "auto")
     for interpreted in (False, True):
+        call = call_of(1, 1024, 8, 128, 1, slopes(8, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+        plan = triton_attention._Plan.of(call, "auto")
         monkeypatch.setattr(triton_attention, "interpreting", lambda interpreted=interpreted: interpreted)
         specialised.clear()
         _, states = triton_attention._forward(call, plan, x, x, x, x, None, saving=True, leaving=False)
