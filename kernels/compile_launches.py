@@ -29,7 +29,8 @@ def cases(capability: int, *, every: bool = False) -> list[Case]:
     """Kernels of the forward, backward and state passes as compute capability `capability` (times ten) launches them.
 
     At head_dim DIMS in DTYPES; `every` variant, or of those that compute the same the one that has most around its loop. Without
-    `every`, float16 only in the first launch of a width, and transposed states only at M1's width: the loops are the same.
+    `every`, float16 only in the first launch of a width and where SiLU is applied, and transposed states only at M1's width: the loops are
+    the same.
     """
     found: dict[str, Case] = {}
     contents = set()
@@ -41,16 +42,18 @@ def cases(capability: int, *, every: bool = False) -> list[Case]:
                 contents.add(content)
                 alike.setdefault(case[0] if every else _computes(case), []).append(case)
         chosen = [max(variants, key=_features) for variants in alike.values()]
-        found |= {case[0]: case for case in (chosen[:1] if dtype == torch.float16 and not every else chosen)}
+        if dtype == torch.float16 and not every:
+            chosen = [case for case in chosen if case is chosen[0] or case[3].get("ACTIVATE")]
+        found |= {case[0]: case for case in chosen}
     return list(found.values())
 
 
 def _computes(case: Case) -> str:
-    """Equal for launches whose loops hold the same products."""
+    """Equal for launches whose loops compute the same."""
     _, kernel, _, constants, _ = case
     transposed = constants.get("D") == M1_DIM and constants.get("TRANSPOSED")
-    loops = [constants.get(name) for name in ("REVERSE", "HALVES", "SILU_BACKWARD")]
-    return f"{kernel.__name__} {loops} {transposed}"
+    loops = [constants.get(name) for name in ("REVERSE", "HALVES", "SILU_BACKWARD", "ACTIVATE")]
+    return f"{kernel.__name__} {loops} {'KeptRows' in constants} {transposed}"
 
 
 def _features(case: Case) -> int:
@@ -80,6 +83,11 @@ def _run(dim: int, dtype: torch.dtype, plan: _Plan, *, packed: bool, stateful: b
     call = _Call.of(x, slopes, edges)
     state = torch.empty(3, HEADS, dim, dim) if stateful else None
     _, states = triton_attention._forward(call, plan, x, x, x, x, state, saving=saving, leaving=stateful)
+    if call.specialised and plan.forward == WHOLE and not plan.forward_whole:
+        for activated in (None, torch.empty(*x.shape[:3], 3 * dim, dtype=dtype)) if saving else (None,):
+            triton_attention._forward(
+                call, plan, x, x, x, x, state, saving=saving, leaving=stateful, activate=True, activated=activated
+            )
     call.zero_padding(torch.empty(*x.shape[:3], 3 * dim, dtype=dtype))
     if saving:
         for silu_inputs in (None, (x, x, x)) if call.specialised else (None,):
@@ -115,7 +123,8 @@ def _recording(capability: int) -> Iterator[list[tuple[Any, tuple, dict[str, Any
 
 
 def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind: str) -> Case:
-    given = dict(zip(kernel.arg_names, positional)) | named
+    absent = {parameter.name: parameter.default for parameter in kernel.params if parameter.has_default}
+    given = absent | dict(zip(kernel.arg_names, positional)) | named
     options = {"num_warps": given.pop("num_warps", 4), "launch_pdl": given.pop("launch_pdl", False)}
     fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
@@ -127,9 +136,10 @@ def _case(kernel: Any, positional: tuple, named: dict[str, Any], dim: int, kind:
     notes = ["whole"] if constants.get("HALVES") == 2 else []
     notes += [
         name.lower()
-        for name in ("REVERSE", "TRANSPOSED", "SAVING", "LEAVING", "INITIAL", "SILU_BACKWARD")
+        for name in ("REVERSE", "TRANSPOSED", "SAVING", "LEAVING", "INITIAL", "SILU_BACKWARD", "ACTIVATE")
         if constants.get(name)
     ]
+    notes += ["keeping"] if signature.get("KeptRows", "constexpr") != "constexpr" else []
     notes += [f"entry {constants['ENTRY']}"] if constants.get("ENTRY") else []
     notes += ["packed"] if constants.get("VARLEN") else []
     notes += ["all tokens"] if constants.get("HORIZON") is False else []

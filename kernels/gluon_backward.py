@@ -41,7 +41,7 @@ __all__ = ()
 @gluon.jit
 def _keep(
     load,
-    silu,
+    derivatives,
     kept,
     bars,
     sizes,
@@ -95,7 +95,7 @@ def _keep(
         state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(free.index(stage), count=1)
         if SILU_BACKWARD:
-            x_tile, fetched, derived = silu
+            x_tile, fetched, derived = derivatives
             mbarrier.wait(fetched, c & 1)
             _derive(x_tile.reshape([C, D]), SHIFT)
             mbarrier.arrive(derived, count=1)

@@ -6,15 +6,24 @@ Three partitions of a program work on different chunks at a time and meet at bar
     _score    four warps: the decayed scores b a^T of a chunk, rounded, into shared memory
     _advance  four warps: keep the state in registers, read it, add the scores' part, store, update it
 
+and, where a, b and v are to be SiLU of what is in memory (ACTIVATE), three more:
+
+    _activate eight warps, twice: the tiles of every other chunk in place
+    _keep     one warp: copies them out as well, for the backward pass
+
 so that the tensor cores have products of one partition while the other rounds, scales or stores. What is computed, and
 rounded where, is that of `triton_lightning.sweep`: a program has one head, one span and 64 of the value channels, or all
 128 of them (HALVES = 2): two partitions `_advance` then share tiles and scores, and have the tensor cores in turn. With equal
 spans the bits are the same.
+
+With `_activate` a program has 28 warps, at 72 registers when launched, which they share out anew: 208 for `_advance`, 80 for
+`_score`, 48 for `_activate`, which therefore has one tile at a time. Two partitions `_advance` of a whole head leave no room for it.
 """
 
 from typing import Any
 
 from m1_kernels.triton_lightning import _border, _enter, _origin, _span, _within
+from m1_kernels.triton_silu import silu
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -81,7 +90,7 @@ def _pairs(s, zero, SHIFT: gl.constexpr, C: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _score(
     given,
-    silu,
+    derivatives,
     C: gl.constexpr,
     D: gl.constexpr,
     BV: gl.constexpr,
@@ -112,10 +121,67 @@ def _score(
         if SILU_BACKWARD:
             # Scores are a chunk ahead of the derivatives, whose x comes once a result has left its place.
             if c > 0:
-                _derive_chunk(silu, c - 1, C, BV, SHIFT, HALVES)
+                _derive_chunk(derivatives, c - 1, C, BV, SHIFT, HALVES)
     if SILU_BACKWARD:
         if chunks > 0:
-            _derive_chunk(silu, chunks - 1, C, BV, SHIFT, HALVES)
+            _derive_chunk(derivatives, chunks - 1, C, BV, SHIFT, HALVES)
+
+
+@gluon.jit
+def _activate(
+    given,
+    FIRST: gl.constexpr,
+    C: gl.constexpr,
+    D: gl.constexpr,
+    BV: gl.constexpr,
+    KEEPING: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The tiles of chunks FIRST, FIRST + 2, ..; the last chunk of all, if it is not full, is stored too (KEEPING)."""
+    a_tiles, b_tiles, v_tiles, loaded, activated, kept_rows, stride_kt, start, e, tokens, chunks = given
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    for c in range(FIRST, chunks, 2):
+        stage = c % STAGES
+        mbarrier.wait(loaded.index(stage), (c // STAGES) & 1)
+        a = a_tiles.index(stage).reshape([C, D])
+        a.store(silu(a.load(layout)))
+        b = b_tiles.index(stage).reshape([C, D])
+        b.store(silu(b.load(layout)))
+        v = v_tiles.index(stage).reshape([C, BV])
+        v.store(silu(v.load(layout)))
+        fence_async_shared()
+        mbarrier.arrive(activated.index(stage), count=1)
+    if KEEPING:
+        c = chunks - 1
+        n = tokens - c * C
+        if (tokens > 0) & (n < C) & (c % 2 == FIRST):
+            stage = c % STAGES
+            t = start + c * C
+            if e == 0:
+                _store_rows(kept_rows, a_tiles.index(stage).reshape([C, D]).load(layout), t, n, stride_kt, layout)
+            else:
+                _store_rows(kept_rows + D, b_tiles.index(stage).reshape([C, D]).load(layout), t, n, stride_kt, layout)
+            v = v_tiles.index(stage).reshape([C, BV]).load(layout)
+            _store_rows(kept_rows + 2 * D + e, v, t, n, stride_kt, layout)
+
+
+@gluon.jit
+def _keep(given, C: gl.constexpr, D: gl.constexpr, KEEPING: gl.constexpr, STAGES: gl.constexpr):
+    """Of the two programs of a head one copies a, the other b, and each its v. Chunks that are not full are `_activate`'s."""
+    Kept, KeptV, a_tiles, b_tiles, v_tiles, activated, free, row, start, h, e, tokens, chunks = given
+    if KEEPING:
+        for c in range(chunks):
+            stage = c % STAGES
+            t = start + c * C
+            mbarrier.wait(activated.index(stage), (c // STAGES) & 1)
+            if tokens - c * C >= C:
+                if e == 0:
+                    tma.async_copy_shared_to_global(Kept, [row, t, h, 0], a_tiles.index(stage))
+                else:
+                    tma.async_copy_shared_to_global(Kept, [row, t, h, D], b_tiles.index(stage))
+                tma.async_copy_shared_to_global(KeptV, [row, t, h, 2 * D + e], v_tiles.index(stage))
+                tma.store_wait(0)
+            mbarrier.arrive(free.index(stage), count=1)
 
 
 @gluon.jit
@@ -127,10 +193,10 @@ def _zero_rows(tile, n, C: gl.constexpr, E: gl.constexpr):
 
 
 @gluon.jit
-def _store_rows(rows, out, t, n, stride_t):
-    """Store the first n rows of out at the tokens from t on."""
-    i = gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, ROWWISE))
-    m = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, ROWWISE))
+def _store_rows(rows, out, t, n, stride_t, layout: gl.constexpr = ROWWISE):
+    """Store the first n rows of out, of that layout, at the tokens from t on."""
+    i = gl.arange(0, out.shape[0], layout=gl.SliceLayout(1, layout))
+    m = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, layout))
     places = ((t + i).to(gl.int64) * stride_t)[:, None] + m[None, :]
     gl.store(rows + places, out, mask=(i < n)[:, None] & (m >= 0)[None, :])
 
@@ -185,7 +251,7 @@ def _parts(x, dtype: gl.constexpr):
 
 @gluon.constexpr_function
 def _shift(silu_backward, dtype):
-    """Exponent that `_derive` adds and decays take off, for derivatives down to 2e-9 to be normal numbers; float16 scores have no room for it."""
+    """Exponent that `_derive` adds and decays take off, for derivatives down to 2e-9 to be normal. Scores in float16 have no room for it."""
     return 15 if silu_backward and dtype == gl.bfloat16 else 0
 
 
@@ -208,8 +274,8 @@ def _derive(tile, SHIFT: gl.constexpr):
 
 
 @gluon.jit
-def _derive_chunk(silu, c, C: gl.constexpr, BV: gl.constexpr, SHIFT: gl.constexpr, HALVES: gl.constexpr):
-    out_tiles, fetched, derived = silu
+def _derive_chunk(derivatives, c, C: gl.constexpr, BV: gl.constexpr, SHIFT: gl.constexpr, HALVES: gl.constexpr):
+    out_tiles, fetched, derived = derivatives
     for half in gl.static_range(HALVES):
         place = half * 2 + c % 2
         mbarrier.wait(fetched.index(place), (c // 2) & 1)
@@ -254,6 +320,7 @@ def _advance(
     LEAVING: gl.constexpr,
     SILU_BACKWARD: gl.constexpr,
     SHIFT: gl.constexpr,
+    ACTIVATE: gl.constexpr,
     PDL: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -265,7 +332,11 @@ def _advance(
     slope, row, start, h, e, tokens, chunks, SAVE = given[2]
     # Here, not in front of all partitions: the first tiles would wait for it.
     s = gl.load(slope) * LOG2_E
-    of_state: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    # ptxas has the 72 registers of 28 warps at launch to plan with, of which a product of 128 columns takes more.
+    COLUMNS: gl.constexpr = D // 2 if ACTIVATE else D
+    of_state: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16]
+    )
     of_out: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     state_operand: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     values_operand: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
@@ -318,7 +389,7 @@ def _advance(
             mbarrier.wait(scored.index(stage), phase)
             within = gl.convert_layout(values, state_operand)
             within = warpgroup_mma(within, scores_tiles.index(stage), zeros, use_acc=False, is_async=True)
-            if HALVES == 2:
+            if HALVES == 2 or ACTIVATE:
                 # Gives the operand's registers back: with 208 all products would be serialised. The other half's run meanwhile.
                 past = warpgroup_mma_wait(1, deps=[past])
             depart = departs.load(gl.SliceLayout(0, values_operand))
@@ -389,17 +460,27 @@ def sweep(
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
     SILU_BACKWARD: gl.constexpr,
+    ACTIVATE: gl.constexpr,
     PDL: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
+    Kept=None,
+    KeptV=None,
+    KeptRows=None,
+    stride_kb=None,
+    stride_kt=None,
+    stride_kh=None,
 ):
     """As `triton_lightning.sweep`, forward. Grid: spans * H * D / BV / HALVES.
 
     HALVES: 2 has all value channels in one program, else 1.
     SILU_BACKWARD: out is multiplied by the derivative of SiLU at X, a descriptor like Out; else X is None.
+    ACTIVATE: of SiLU of a, b and v, with HALVES = 1. KeptRows, if there, takes these [B, T, H, a | b | v]; Kept and KeptV: its descriptors
+    with blocks as of A and V. Rows of no document are not written.
     """
     if PDL:
         gdc_launch_dependents()
+    KEEPING: gl.constexpr = KeptRows is not None
     BLOCKS: gl.constexpr = D // (BV * HALVES)
     SHIFT: gl.constexpr = _shift(SILU_BACKWARD, OutRows.dtype.element_ty)
     pid = gl.program_id(0)
@@ -452,22 +533,49 @@ def sweep(
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(scored.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=HALVES)
+        mbarrier.init(free.index(stage), count=HALVES + KEEPING)
+    ready = loaded
+    if ACTIVATE:
+        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(ready.index(stage), count=1)
     fence_async_shared()
 
     given = (
         (Out, out_rows, stride_ot, X, origin, saved, left, across, is_last, H * D * D),
-        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched, derived),
+        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, ready, scored, free, fetched, derived),
         (slope, row, start, h, e, tokens, chunks, SAVE),
     )
-    score = (a_tiles, b_tiles, scores_tiles, loaded, scored, slope, tokens, chunks)
+    score = (a_tiles, b_tiles, scores_tiles, ready, scored, slope, tokens, chunks)
     load = (A, B_, V, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks)
-    silu = (out_tiles, fetched, derived)
-    if HALVES == 1:
+    derivatives = (out_tiles, fetched, derived)
+    if ACTIVATE:
+        gl.static_assert(HALVES == 1 and not SILU_BACKWARD)
+        kept_rows = out_rows
+        if KEEPING:
+            kept_rows = KeptRows + row.to(gl.int64) * stride_kb + h * stride_kh
+        activate = (a_tiles, b_tiles, v_tiles, loaded, ready, kept_rows, stride_kt, start, e, tokens, chunks)
+        keep = (Kept, KeptV, a_tiles, b_tiles, v_tiles, ready, free, row, start, h, e, tokens, chunks)
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, SHIFT, PDL, HALVES, STAGES)),
-                (_score, (score, silu, C, D, BV, SILU_BACKWARD, SHIFT, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, False, SHIFT, True, PDL, HALVES, STAGES)),
+                (_score, (score, derivatives, C, D, BV, SILU_BACKWARD, SHIFT, HALVES, STAGES)),
+                (_activate, (activate, 0, C, D, BV, KEEPING, STAGES)),
+                (_activate, (activate, 1, C, D, BV, KEEPING, STAGES)),
+                (_load, (load, C, BV, HALVES, STAGES)),
+                (_keep, (keep, C, D, KEEPING, STAGES)),
+            ],
+            [4, 8, 8, 1, 1],
+            [80, 48, 48, 24, 24],
+        )
+    elif HALVES == 1:
+        gl.warp_specialize(
+            [
+                (
+                    _advance,
+                    (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, SHIFT, False, PDL, HALVES, STAGES),
+                ),
+                (_score, (score, derivatives, C, D, BV, SILU_BACKWARD, SHIFT, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],
             [4, 1],
@@ -476,9 +584,15 @@ def sweep(
     else:
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, SHIFT, PDL, HALVES, STAGES)),
-                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, SHIFT, PDL, HALVES, STAGES)),
-                (_score, (score, silu, C, D, BV, SILU_BACKWARD, SHIFT, HALVES, STAGES)),
+                (
+                    _advance,
+                    (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, SHIFT, False, PDL, HALVES, STAGES),
+                ),
+                (
+                    _advance,
+                    (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, SHIFT, False, PDL, HALVES, STAGES),
+                ),
+                (_score, (score, derivatives, C, D, BV, SILU_BACKWARD, SHIFT, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],
             [4, 4, 1],

@@ -76,7 +76,11 @@ def lightning_attention_packed_triton(
     recompute_activation: bool = False,
     strategy: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As `lightning_attention_packed`. The derivative of SiLU is a pass of its own where sweeps are not specialised."""
+    """As `lightning_attention_packed`.
+
+    Specialised sweeps apply the derivative of SiLU themselves, and SiLU where they have half a head of a whole document; it is
+    a pass of its own elsewhere, with the same bits on one kind of GPU.
+    """
     o, final_state = _PackedAttention.apply(
         qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", recompute_activation, strategy
     )
@@ -323,6 +327,8 @@ class _Call:
         left: torch.Tensor | None = None,
         whole: bool = False,
         silu_input: torch.Tensor | None = None,
+        activate: bool = False,
+        activated: torch.Tensor | None = None,
         early: bool = False,
     ) -> None:
         """Launch a sweep from the states `entry` of documents and `states` where spans meet.
@@ -331,6 +337,8 @@ class _Call:
         transposed: the states in memory are the transposes of the sweep's.
         whole: specialised programs have all value channels of a head, not 64: scores and tiles once per head, the same bits.
         silu_input: x [B, T, H, D], if specialised; each value of out is multiplied by the derivative of SiLU at it.
+        activate: the sweep is that of SiLU of a, b and v, if specialised and not `whole`. activated: [B, T, H, 3D], takes them but for
+        rows of no document.
         early: as in `_launch`.
         """
         from m1_kernels import triton_lightning
@@ -357,12 +365,19 @@ class _Call:
                 )
             )  # fmt: skip
             halves = self.blocks if whole else 1
+            if activated is not None:
+                strides = dict(zip(("stride_kb", "stride_kt", "stride_kh"), activated.stride()))
+                constants |= {
+                    "Kept": gluon_lightning.descriptor(activated, tile.chunk, self.dim),
+                    "KeptV": gluon_lightning.descriptor(activated, tile.chunk, tile.values),
+                    "KeptRows": activated, **strides,
+                }  # fmt: skip
             gluon_lightning.sweep[(grid // halves,)](
                 *tiles, out, *out.stride()[:3], self.slopes, *pointers, *sizes,
-                SILU_BACKWARD=silu_input is not None, HALVES=halves, **constants,
+                SILU_BACKWARD=silu_input is not None, ACTIVATE=activate, HALVES=halves, **constants,
             )  # fmt: skip
             return
-        assert silu_input is None, "only specialised sweeps multiply by a derivative"
+        assert silu_input is None and not activate, "only specialised sweeps apply SiLU or its derivative"
         wide, narrow = (tile.chunk, self.padded_dim), (tile.chunk, tile.values)
         triton_lightning.sweep[(grid,)](
             self.descriptor(a, *wide), self.descriptor(b, *wide), self.descriptor(v, *narrow), self.descriptor(out, *narrow),
@@ -542,16 +557,15 @@ class _PackedAttention(torch.autograd.Function):
         strategy: str,
     ):
         qkv = _readable(qkv)
-        activated = torch.nn.functional.silu(qkv) if activate else qkv
-        q, k, v = _thirds(activated)
-        call = _Call.of(q, slopes, cu_seqlens)
+        call = _Call.of(_thirds(qkv)[0], slopes, cu_seqlens)
         plan = _Plan.of(call, strategy)
         initial_state = None if initial_state is None else initial_state.contiguous()
-        o = _output_like(q)
         needed = any(ctx.needs_input_grad)
-        final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
+        o, final_state, states, kept = _packed_forward(
+            call, plan, qkv, initial_state, activate=activate, keeping=needed and not recompute, saving=needed,
+            leaving=return_final_state,
+        )  # fmt: skip
         ctx.call, ctx.plan, ctx.activate = call, plan, activate
-        kept = activated if activate and not recompute else None
         ctx.save_for_backward(qkv, kept, initial_state, states, call.slopes, call.cu_seqlens)
         ctx.set_materialize_grads(False)
         return o, final_state
@@ -562,7 +576,7 @@ class _PackedAttention(torch.autograd.Function):
         qkv, kept, initial_state, states, slopes, cu_seqlens = ctx.saved_tensors
         call = replace(ctx.call, slopes=slopes, cu_seqlens=cu_seqlens)
         dqkv = _output_like(qkv)
-        activated = torch.nn.functional.silu(qkv) if ctx.activate and kept is None else kept
+        activated = _silu(call, qkv) if ctx.activate and kept is None else kept
         q, k, v = _thirds(qkv if activated is None else activated)
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
         inputs = _thirds(qkv) if ctx.activate and call.specialised else None
@@ -580,9 +594,64 @@ def _thirds(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return qkv.split(qkv.shape[-1] // 3, dim=-1)
 
 
-def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: bool, leaving: bool):
+def _silu(call: _Call, qkv: torch.Tensor) -> torch.Tensor:
+    """SiLU of qkv [B, T, H, 3D]; where sweeps are specialised, with the bits of those that apply it."""
+    if not call.specialised:
+        return torch.nn.functional.silu(qkv)
+    from m1_kernels import triton_silu
+
+    activated = _output_like(qkv)
+    dense = qkv.is_contiguous() or qkv.transpose(0, 1).is_contiguous()
+    triton_silu.forward(qkv if dense else activated.copy_(qkv), activated)
+    return activated
+
+
+def _packed_forward(
+    call: _Call,
+    plan: _Plan,
+    qkv: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    *,
+    activate: bool,
+    keeping: bool,
+    saving: bool,
+    leaving: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(o, final state, states, activated qkv): the second and third as of `_forward`, the last if `activate` and `keeping`.
+
+    Rows of no document of the last may be unwritten.
+    """
+    fused = activate and call.specialised and plan.forward == WHOLE and not plan.forward_whole
+    if fused:
+        activated = _output_like(qkv) if keeping else None
+    else:
+        activated = _silu(call, qkv) if activate else None
+    q, k, v = _thirds(qkv if fused or activated is None else activated)
+    o = _output_like(q)
+    final_state, states = _forward(
+        call, plan, q, k, v, o, initial_state, saving=saving, leaving=leaving, activate=fused,
+        activated=activated if fused else None,
+    )  # fmt: skip
+    return o, final_state, states, activated if keeping else None
+
+
+def _forward(
+    call: _Call,
+    plan: _Plan,
+    q,
+    k,
+    v,
+    o,
+    initial_state,
+    *,
+    saving: bool,
+    leaving: bool,
+    activate: bool = False,
+    activated: torch.Tensor | None = None,
+):
     """Write o; returns (final state [S, H, D, D] if `leaving`, states where spans of plan.save meet if `saving`).
 
+    activate, activated: as of `_Call.sweep`, where the plan has whole documents and half heads.
     No states where dq too runs whole documents: it starts from their initial states. The final state of a document in spans
     is that of `scan_states`, so that a document cut between spans goes on with the same bits.
     """
@@ -605,6 +674,8 @@ def _forward(call: _Call, plan: _Plan, q, k, v, o, initial_state, *, saving: boo
             save=plan.save,
             left=final_state,
             whole=plan.forward_whole,
+            activate=activate,
+            activated=activated,
         )
     else:
         states, part = call.states(plan.spacing), plan.spacing

@@ -103,7 +103,8 @@ def test_no_states_are_states_of_zero(spans, documents) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["dense", "packed"])
 def test_derivative_of_silu_is_that_of_each_value(spans, documents, dtype: torch.dtype) -> None:
-    """Gradients of the packed projection are those of q, k, v times the derivative; both are rounded once from the same numbers."""
+    """Gradients of the packed projection are those of q, k, v times the derivative; both are rounded once from the same numbers, and the
+    derivative to 11 bits, below 2^-14 (bfloat16: 2^-29) in steps of 2^-24 (2^-39)."""
     inputs = make_inputs(TOKENS, HEADS, D, dtype, documents=documents)
     covered = sum(documents or (TOKENS,))
     special = torch.tensor(
@@ -116,17 +117,18 @@ def test_derivative_of_silu_is_that_of_each_value(spans, documents, dtype: torch
     lightning_attention_packed(
         leaf, inputs.decay, initial_state=inputs.initial, cu_seqlens=inputs.edges, implementation="triton"
     ).backward(inputs.do)
-    activated = replace(inputs, qkv=torch.nn.functional.silu(qkv), dfinal=torch.zeros_like(inputs.dfinal))
+    call = triton_attention._Call.of(inputs.do, inputs.decay, inputs.edges)
+    activated = replace(inputs, qkv=triton_attention._silu(call, qkv), dfinal=torch.zeros_like(inputs.dfinal))
     plain = triton(activated, "auto")
     x = qkv.double().requires_grad_()
     torch.nn.functional.silu(x).sum().backward()
-    rounding = torch.finfo(dtype).eps
+    rounding, step = torch.finfo(dtype).eps + 2**-12, 2**-25 if dtype == torch.float16 else 2**-40
     for name, ours, derivative in zip(
         GRADIENTS_OF_QKV, leaf.grad.split(D, dim=-1), x.grad.split(D, dim=-1), strict=True
     ):
         expected = (plain[name].double() * derivative)[:, :covered]
-        tiny = 1e-16 * plain[name].double()[:, :covered].abs() + torch.finfo(dtype).smallest_normal
-        assert ((ours.double()[:, :covered] - expected).abs() <= 1.1 * rounding * expected.abs() + tiny).all(), name
+        tiny = step * plain[name].double()[:, :covered].abs() + torch.finfo(dtype).smallest_normal
+        assert ((ours.double()[:, :covered] - expected).abs() <= 1.05 * (rounding * expected.abs() + tiny)).all(), name
         assert not ours[:, covered:].any()
 
 

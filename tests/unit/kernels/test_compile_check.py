@@ -24,8 +24,24 @@ SASS = """
 """
 
 
+SILU = """
+        /*0100*/                   LDL R2, [R1] ;
+        /*0110*/                   MUFU.EX2 R3, R2 ;
+        /*0120*/                   STL [R1], R3 ;
+        /*0130*/              @P0 BRA 0x100 ;
+        /*0140*/                   MUFU.RCP R3, R2 ;
+        /*0150*/                   STL [R1], R3 ;
+        /*0160*/              @P0 BRA 0x140 ;
+"""
+
+
 def test_innermost_loops_with_products_are_counted():
     assert hot_loops(SASS) == [Loop(products=2, spills=1, waits=1)]
+
+
+def test_and_those_with_powers():
+    """Not those with reciprocals alone, as of a division of integers."""
+    assert hot_loops(SASS + SILU) == [Loop(products=2, spills=1, waits=1), Loop(products=0, spills=2, waits=0)]
 
 
 def test_a_spill_in_a_hot_loop_fails_the_check(
@@ -48,8 +64,10 @@ def test_a_spill_in_a_hot_loop_fails_the_check(
 
 
 def test_faults() -> None:
-    assert not faults("k", 90, 227 << 10, [Loop(2, 0, 1)], "LDL R1, [R2] ;")  # outside its loops
-    assert [fault.split()[0] for fault in faults("k", 90, 0, [], "LDL R1, [R2] ;")] == ["spills:"]
+    assert not faults("k", 90, 227 << 10, [Loop(2, 0, 1), Loop(0, 0, 0)], "LDL R1, [R2] ;")  # outside its loops
+    assert faults("k", 90, 0, [Loop(2, 0, 1), Loop(0, 1, 0)], "")[0].startswith("spills: 1 ")
+    for loops in ([], [Loop(0, 0, 0)]):
+        assert [fault.split()[0] for fault in faults("k", 90, 0, loops, "LDL R1, [R2] ;")] == ["spills:"]
     assert [fault.split()[0] for fault in faults("k", 80, 164 << 10, [], "")] == ["needs"]
     assert [fault.split()[0] for fault in faults("k", 90, 0, [Loop(2, 0, 2)], "")] == ["waits"]
     assert not faults("sweep[256 fp32] reverse", 90, 0, [Loop(2, 9, 0)], "")
@@ -83,6 +101,11 @@ def test_the_check_compiles_what_the_operators_launch() -> None:
     }
     assert ("80", "sweep", "96", "fp16") in forward and ("90", "specialised sweep", "128", "fp16") in forward
     assert ("90", "sweep", "128", "bf16") not in forward
+    activating = {(kind, notes) for *key, kind, notes in found if "activate" in notes.split()}
+    assert activating == {
+        (kind, f" saving leaving activate {keeping}entry 1 packed")
+        for kind, keeping in itertools.product(("bf16", "fp16"), ("", "keeping "))
+    }
     backward = {key for key in found if "reverse_sweep" in key[1]}
     assert backward == {
         ("90", "specialised reverse_sweep", "128", "bf16", f" leaving {silu}entry 3 packed")

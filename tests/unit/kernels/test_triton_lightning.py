@@ -1,6 +1,7 @@
 """The Triton kernels of lightning attention: in the interpreter without a GPU, compiled where there is one."""
 
 import functools
+import itertools
 import math
 import os
 import subprocess
@@ -675,6 +676,60 @@ def test_one_sweep_takes_dk_and_dv(specialised: list, stateful: bool) -> None:
     (_, dq), (programs, given) = specialised
     assert dq["TRANSPOSED"] and "TRANSPOSED" not in given
     assert (programs, given["ENTRY"], given["LEAVING"]) == (128, 2 + stateful, stateful)
+
+
+@pytest.mark.parametrize("keeping", [False, True])
+def test_sweeps_of_half_heads_of_whole_documents_apply_silu(
+    specialised: list, keeping: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a pass of its own in front of others."""
+    quiet = {"local_states": lambda *_, **__: None, "scan": lambda *_, **__: None}
+    call = type("Quiet", (Planned,), quiet)(
+        1, 256, 3, 128, 1, slopes(3, 0, 8), None, torch.bfloat16, torch.device("cpu")
+    )  # fmt: skip
+    qkv, apart = (torch.empty(1, 256, 3, 384, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    monkeypatch.setattr(triton_attention, "_silu", lambda *_: apart)
+    whole, half = (triton_attention._Plan(*[triton_attention.WHOLE] * 3, forward_whole=w) for w in (True, False))
+    spans = triton_attention._Plan(128, 128, 128)
+    for plan, activate in itertools.product((whole, half, spans), (False, True)):
+        specialised.clear()
+        *_, activated = triton_attention._packed_forward(
+            call, plan, qkv, None, activate=activate, keeping=keeping, saving=keeping, leaving=False
+        )
+        ((_, given),) = specialised
+        assert given["ACTIVATE"] == (activate and plan is half)
+        assert ("KeptRows" in given) == (given["ACTIVATE"] and keeping)
+        if given["ACTIVATE"] and keeping:
+            assert activated is given["KeptRows"] and activated.shape == qkv.shape and activated is not apart
+        else:
+            assert activated is (apart if activate and keeping else None)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 0, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_silu_of_a_dense_projection_is_one_stretch_of_memory(
+    batch: int, order: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contiguous or time-major it is read in place; others are copied."""
+    call = Planned(batch, 7, 3, 128, batch, slopes(3, 0, 8), None, torch.bfloat16, torch.device("cpu"))
+    x = torch.randn(batch, 7, 3, 384).permute(*order, 3).contiguous()
+    x = x.permute(*torch.tensor(order).argsort().tolist(), 3)
+    read = []
+
+    def forward(x: torch.Tensor, out: torch.Tensor) -> None:
+        read.append(x.data_ptr())
+        memory = [y.as_strided((y.numel(),), (1,)) for y in (x, out)]
+        memory[1].copy_(torch.nn.functional.silu(memory[0]))
+
+    module = types.SimpleNamespace(forward=forward)
+    monkeypatch.setitem(sys.modules, "m1_kernels.triton_silu", module)
+    monkeypatch.setattr(m1_kernels, "triton_silu", module, raising=False)
+    found = triton_attention._silu(call, x)
+    assert (
+        torch.equal(found, torch.nn.functional.silu(x)) and found.stride() == triton_attention._output_like(x).stride()
+    )
+    in_place = order in ((0, 1, 2), (1, 0, 2))
+    assert (read == [x.data_ptr()]) == in_place
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
