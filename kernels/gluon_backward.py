@@ -14,14 +14,12 @@ span; what is computed, and rounded where, is that of two sweeps of `triton_ligh
 from m1_kernels.gluon_lightning import (
     LOG2_E,
     ROWWISE,
-    _derive,
     _document,
     _fetch,
     _parts,
     _places,
-    _shift,
+    _silu_backward,
     _store_rows,
-    _times,
     _zero_rows,
 )
 from m1_kernels.triton_lightning import _enter, _origin, _span, _within
@@ -37,11 +35,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 __all__ = ()
 
+OWN_STAGES = gl.constexpr(2)
+"""Of k and v, which those load who need them."""
+
 
 @gluon.jit
 def _keep(
     load,
-    derivatives,
     kept,
     bars,
     sizes,
@@ -50,8 +50,6 @@ def _keep(
     HALF: gl.constexpr,
     ENTRY: gl.constexpr,
     LEAVING: gl.constexpr,
-    SILU_BACKWARD: gl.constexpr,
-    SHIFT: gl.constexpr,
     PDL: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -94,11 +92,6 @@ def _keep(
         _fetch(X, loaded.index(place), row, start + t - (STAGES - 1) * C, h, 0, x_tiles.index(place), needed)
         state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(free.index(stage), count=1)
-        if SILU_BACKWARD:
-            x_tile, fetched, derived = derivatives
-            mbarrier.wait(fetched, c & 1)
-            _derive(x_tile.reshape([C, D]), SHIFT)
-            mbarrier.arrive(derived, count=1)
         phase = phase ^ (stage == STAGES - 1).to(gl.int32)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     if LEAVING:
@@ -125,13 +118,11 @@ def _grad(
     TURNED: gl.constexpr,
     VARLEN: gl.constexpr,
     SILU_BACKWARD: gl.constexpr,
-    SHIFT: gl.constexpr,
     STAGES: gl.constexpr,
-    OWN_STAGES: gl.constexpr,
 ):
     """out_j = sum_{i >= j} e^{-s(i-j)} (a_j . b_i) v_i, through the tiles of a. TURNED: the state is read transposed."""
-    A, X, a_tiles, x_tile, arrived, fetched, derived = load
-    b_tiles, v_tiles, rounded = tiles
+    A, X, a_tiles, x_tile, arrived, fetched = load
+    b_tiles, v_tiles, rounded, exponents = tiles
     loaded, free, written, read = bars
     s, row, start, h, tokens, chunks, stride_ot = sizes
     of_scores: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
@@ -166,28 +157,28 @@ def _grad(
         needed = (c > 0) & (c - 1 + OWN_STAGES < chunks)
         _fetch(A, arrived.index(place), row, start + t - (OWN_STAGES - 1) * C, h, 0, a_tiles.index(place), needed)
         scores = warpgroup_mma_wait(1, deps=[scores])
-        # Computed anew with each chunk, behind an opaque zero: there is no room for 32 registers all along.
-        j = (gl.arange(0, C, layout=gl.SliceLayout(1, of_scores)) + n // 2**30).to(gl.float32)
-        i = gl.arange(0, C, layout=gl.SliceLayout(0, of_scores)).to(gl.float32)
-        distance = i[None, :] - j[:, None]
-        scores = scores * gl.exp2(gl.where(distance >= 0, -s * distance - SHIFT, float("-inf")))
+        # Computed anew with each chunk: there is no room for 32 registers all along.
+        i = gl.arange(0, C, layout=gl.SliceLayout(0, of_scores))
+        j = gl.arange(0, C, layout=gl.SliceLayout(1, of_scores))
+        exponent = exponents.load(i.type.layout)[None, :] - exponents.load(j.type.layout)[:, None]
+        scores = scores * gl.exp2(gl.where(i[None, :] >= j[:, None], exponent, float("-inf")))
         scores = gl.convert_layout(scores.to(dtype), operand)
         out = warpgroup_mma_wait(0, deps=[out])
         mbarrier.arrive(read, count=1)
         rows = gl.arange(0, C, layout=gl.SliceLayout(1, of_out))
-        out = out * gl.exp2(-s * gl.maximum(n - 1 - rows, 0).to(gl.float32) - SHIFT)[:, None]
+        out = out * gl.exp2(-s * gl.maximum(n - 1 - rows, 0).to(gl.float32))[:, None]
         out = warpgroup_mma(scores, v, out, is_async=True)
         out = warpgroup_mma_wait(0, deps=[out])
         mbarrier.arrive(free.index(stage), count=1)
         if SILU_BACKWARD:
-            mbarrier.wait(derived, c & 1)
+            mbarrier.wait(fetched, c & 1)
             # A few channels at a time, for want of registers.
             x = x_tile.reshape([C, D])
             left, right = _halves(out)
             quarters = _halves(left) + _halves(right)
             for place in gl.static_range(4):
                 quarter = gl.convert_layout(quarters[place], of_quarter, assert_trivial=True)
-                quarter = _times(quarter, x.slice(place * D // 4, D // 4, dim=1).load(of_quarter))
+                quarter = _silu_backward(quarter, x.slice(place * D // 4, D // 4, dim=1).load(of_quarter))
                 a.slice(place * D // 4, D // 4, dim=1).store(quarter.to(dtype))
         else:
             a.store(out.to(dtype))
@@ -237,17 +228,15 @@ def reverse_sweep(
     SILU_BACKWARD: gl.constexpr,
     PDL: gl.constexpr,
     STAGES: gl.constexpr,
-    OWN_STAGES: gl.constexpr,
 ):
     """dk and dv of one head and span. Grid: spans * H.
 
-    SILU_BACKWARD: times the derivative of SiLU at KRaw and VRaw, else None. STAGES: of q and do; OWN_STAGES: of k and v.
+    SILU_BACKWARD: times the derivative of SiLU at KRaw and VRaw, else None. STAGES: of q and do.
 
     All descriptors have blocks [1, C, 1, D]. DKRows, DVRows: the tensors behind DK and DV, with the same strides, for chunks that
     are not full. SEGMENT is a multiple of C, and of SPACING, the tokens between States. Entry, States, Left, ENTRY and LEAVING
     as in `triton_lightning.sweep` of (k, q, do, dv) in reverse.
     """
-    SHIFT: gl.constexpr = _shift(SILU_BACKWARD, DKRows.dtype.element_ty)
     pid = gl.program_id(0)
     w = pid // H
     h = pid % H
@@ -291,6 +280,7 @@ def reverse_sweep(
     rounded = gl.allocate_shared_memory(Q.dtype, [D, D], square)
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     departs = gl.allocate_shared_memory(gl.float32, [C], vector)
+    exponents = gl.allocate_shared_memory(gl.float32, [C], vector)
     loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -299,8 +289,6 @@ def reverse_sweep(
     v_arrived = gl.allocate_shared_memory(gl.int64, [OWN_STAGES, 1], mbarrier.MBarrierLayout())
     k_fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_derived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    v_derived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=2)
         mbarrier.init(free.index(stage), count=4)
@@ -311,8 +299,6 @@ def reverse_sweep(
     mbarrier.init(read, count=2)
     mbarrier.init(k_fetched, count=1)
     mbarrier.init(v_fetched, count=1)
-    mbarrier.init(k_derived, count=1)
-    mbarrier.init(v_derived, count=1)
     fence_async_shared()
     last = start + (chunks - 1) * C
     for stage in gl.static_range(STAGES):
@@ -325,7 +311,9 @@ def reverse_sweep(
         _fetch(KRaw, k_fetched, row, last, h, 0, k_raw, chunks > 0)
         _fetch(VRaw, v_fetched, row, last, h, 0, v_raw, chunks > 0)
     # Behind the first loads, which then do not wait for the slope.
-    departs.store(gl.exp2(-s * (gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])) + 1).to(gl.float32)))
+    places = gl.arange(0, C, layout=gl.BlockedLayout([1], [32], [4], [0])).to(gl.float32)
+    departs.store(gl.exp2(-s * (places + 1)))
+    exponents.store(-s * places)
     if VARLEN:
         n = tokens - (chunks - 1) * C
         if (chunks > 0) & (n < C):
@@ -335,76 +323,22 @@ def reverse_sweep(
             fence_async_shared()
 
     bars = (loaded, free, written, read)
-    of_dv = (q_tiles, do_tiles, rounded)
-    of_dk = (do_tiles, q_tiles, rounded)
-    keys = (K, VRaw, k_tiles, v_raw, k_arrived, v_fetched, v_derived)
-    values = (V, KRaw, v_tiles, k_raw, v_arrived, k_fetched, k_derived)
+    of_dv = (q_tiles, do_tiles, rounded, exponents)
+    of_dk = (do_tiles, q_tiles, rounded, exponents)
+    keys = (K, VRaw, k_tiles, v_raw, k_arrived, v_fetched)
+    values = (V, KRaw, v_tiles, k_raw, v_arrived, k_fetched)
     of_rows = (s, row, start, h, tokens, chunks, stride_ot)
     kept = (q_tiles, do_tiles, rounded, departs, origin, left, is_first)
     of_state = (s, row, start, h, tokens, chunks)
     gl.warp_specialize(
         [
+            (_grad, (DV, dv_rows, keys, of_dv, bars, of_rows, C, D, True, VARLEN, SILU_BACKWARD, STAGES)),
             (
                 _grad,
-                (DV, dv_rows, keys, of_dv, bars, of_rows, C, D, True, VARLEN, SILU_BACKWARD, SHIFT, STAGES, OWN_STAGES),
+                (DK, dk_rows, values, of_dk, bars, of_rows, C, D, False, VARLEN, SILU_BACKWARD, STAGES),
             ),
-            (
-                _grad,
-                (
-                    DK,
-                    dk_rows,
-                    values,
-                    of_dk,
-                    bars,
-                    of_rows,
-                    C,
-                    D,
-                    False,
-                    VARLEN,
-                    SILU_BACKWARD,
-                    SHIFT,
-                    STAGES,
-                    OWN_STAGES,
-                ),
-            ),
-            (
-                _keep,
-                (
-                    (Q, q_tiles),
-                    (k_raw, k_fetched, k_derived),
-                    kept,
-                    bars,
-                    of_state,
-                    C,
-                    D,
-                    0,
-                    ENTRY,
-                    LEAVING,
-                    SILU_BACKWARD,
-                    SHIFT,
-                    PDL,
-                    STAGES,
-                ),
-            ),
-            (
-                _keep,
-                (
-                    (DO, do_tiles),
-                    (v_raw, v_fetched, v_derived),
-                    kept,
-                    bars,
-                    of_state,
-                    C,
-                    D,
-                    1,
-                    ENTRY,
-                    LEAVING,
-                    SILU_BACKWARD,
-                    SHIFT,
-                    PDL,
-                    STAGES,
-                ),
-            ),
+            (_keep, ((Q, q_tiles), kept, bars, of_state, C, D, 0, ENTRY, LEAVING, PDL, STAGES)),
+            (_keep, ((DO, do_tiles), kept, bars, of_state, C, D, 1, ENTRY, LEAVING, PDL, STAGES)),
         ],
         [4, 4, 4],
         [128, 128, 128],

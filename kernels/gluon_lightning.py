@@ -79,23 +79,19 @@ def _load(given, C: gl.constexpr, BV: gl.constexpr, HALVES: gl.constexpr, STAGES
 
 
 @gluon.jit
-def _pairs(s, zero, SHIFT: gl.constexpr, C: gl.constexpr, layout: gl.constexpr):
-    """Decays of the pairs of a chunk [C (j), C (i)], over 2^SHIFT. zero: as in `_places`."""
+def _pairs(s, zero, C: gl.constexpr, layout: gl.constexpr):
+    """Decays of the pairs of a chunk [C (j), C (i)]. zero: as in `_places`."""
     j = (zero + gl.arange(0, C, layout=gl.SliceLayout(1, layout))).to(gl.float32)
     i = gl.arange(0, C, layout=gl.SliceLayout(0, layout)).to(gl.float32)
     distance = i[None, :] - j[:, None]
-    return gl.where(distance >= 0, gl.exp2(-s * gl.maximum(distance, 0.0) - SHIFT), 0.0)
+    return gl.where(distance >= 0, gl.exp2(-s * gl.maximum(distance, 0.0)), 0.0)
 
 
 @gluon.jit
 def _score(
     given,
-    derivatives,
     C: gl.constexpr,
     D: gl.constexpr,
-    BV: gl.constexpr,
-    SILU_BACKWARD: gl.constexpr,
-    SHIFT: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -103,7 +99,7 @@ def _score(
     s = gl.load(slope) * LOG2_E
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, C, 16])
     j = gl.arange(0, C, layout=gl.SliceLayout(1, layout))
-    pairs = _pairs(s, 0, SHIFT, C, layout)
+    pairs = _pairs(s, 0, C, layout)
     zeros = gl.zeros([C, C], gl.float32, layout)
     for c in range(chunks):
         stage = c % STAGES
@@ -113,18 +109,11 @@ def _score(
         a = a_tiles.index(stage).reshape([C, D])
         scores = warpgroup_mma(b, a.permute((1, 0)), zeros, use_acc=False)
         if HALVES == 2:
-            pairs = _pairs(s, c // 2**30, SHIFT, C, layout)
+            pairs = _pairs(s, c // 2**30, C, layout)
         scores = gl.where((j < n)[:, None], scores * pairs, 0.0)
         scores_tiles.index(stage).store(scores.to(scores_tiles.dtype))
         fence_async_shared()
         mbarrier.arrive(scored.index(stage), count=1)
-        if SILU_BACKWARD:
-            # Scores are a chunk ahead of the derivatives, whose x comes once a result has left its place.
-            if c > 0:
-                _derive_chunk(derivatives, c - 1, C, BV, SHIFT, HALVES)
-    if SILU_BACKWARD:
-        if chunks > 0:
-            _derive_chunk(derivatives, chunks - 1, C, BV, SHIFT, HALVES)
 
 
 @gluon.jit
@@ -249,44 +238,14 @@ def _parts(x, dtype: gl.constexpr):
         )
 
 
-@gluon.constexpr_function
-def _shift(silu_backward, dtype):
-    """Exponent that `_derive` adds and decays take off, for derivatives down to 2e-9 to be normal. Scores in float16 have no room for it."""
-    return 15 if silu_backward and dtype == gl.bfloat16 else 0
-
-
 @gluon.jit
-def _derive(tile, SHIFT: gl.constexpr):
-    """Put the derivative of SiLU, times 2^SHIFT and as float16, in place of each x of a tile in shared memory."""
-    PIECE: gl.constexpr = 32
-    PIECES: gl.constexpr = tile.shape[1] // PIECE
-    SCALE: gl.constexpr = 2**SHIFT
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    for place in gl.static_range(PIECES):
-        piece = tile.slice(place * PIECE, PIECE, dim=1)
-        x = piece.load(layout).to(gl.float32)
-        # Without the range checks of a division: 1 + e^-x may be infinite.
-        share = gl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + gl.exp2(-LOG2_E * x)], dtype=gl.float32, is_pure=True, pack=1
-        )
-        derivative = share * (SCALE + x * (SCALE - SCALE * share))
-        piece.store(derivative.to(gl.float16).to(tile.dtype, bitcast=True))
-
-
-@gluon.jit
-def _derive_chunk(derivatives, c, C: gl.constexpr, BV: gl.constexpr, SHIFT: gl.constexpr, HALVES: gl.constexpr):
-    out_tiles, fetched, derived = derivatives
-    for half in gl.static_range(HALVES):
-        place = half * 2 + c % 2
-        mbarrier.wait(fetched.index(place), (c // 2) & 1)
-        _derive(out_tiles.index(place).reshape([C, BV]), SHIFT)
-        mbarrier.arrive(derived.index(place), count=1)
-
-
-@gluon.jit
-def _times(out, derivatives):
-    """out, of which 2^SHIFT has been taken, times what `_derive` has left."""
-    return out * derivatives.to(gl.float16, bitcast=True).to(gl.float32)
+def _silu_backward(gradient, x):
+    """gradient * d silu(x) / dx, float32; 1 + e^-x may be infinite. Without the range checks of a division."""
+    x = x.to(gl.float32)
+    share = gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + gl.exp2(-LOG2_E * x)], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return gradient * (share * (1.0 + x * (1.0 - share)))
 
 
 @gluon.jit
@@ -319,16 +278,13 @@ def _advance(
     SAVING: gl.constexpr,
     LEAVING: gl.constexpr,
     SILU_BACKWARD: gl.constexpr,
-    SHIFT: gl.constexpr,
     ACTIVATE: gl.constexpr,
     PDL: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     Out, out_rows, stride_ot, X, origin, saved, left, across, ends, states_stride = given[0]
-    a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched, derived = given[
-        1
-    ]
+    a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, loaded, scored, free, fetched = given[1]
     slope, row, start, h, e, tokens, chunks, SAVE = given[2]
     # Here, not in front of all partitions: the first tiles would wait for it.
     s = gl.load(slope) * LOG2_E
@@ -375,7 +331,7 @@ def _advance(
             mbarrier.wait(loaded.index(stage), phase)
             # Registers are short: the decays wait in shared memory. A chunk that is not full is the first or the last one taken.
             if (c < 2) | (n < C):
-                reads.store(gl.exp2(-s * (i + 1).to(gl.float32) - SHIFT))
+                reads.store(gl.exp2(-s * (i + 1).to(gl.float32)))
                 departs.store(gl.exp2(-s * gl.maximum(n - 1 - i, 0).to(gl.float32)))
                 if n < C:
                     _zero_rows(v, n, C, BV)
@@ -401,12 +357,18 @@ def _advance(
             place = HALF * 2 + c % 2
             tile = out_tiles.index(place)
             turned = tile.reshape([C, BV]).permute((1, 0))
+            if SILU_BACKWARD:
+                # Where the result of the chunk before has left from. At the end of this chunk, x would come too late.
+                tma.store_wait(0)
+                following = HALF * 2 + (c + 1) % 2
+                x_place = out_tiles.index(following)
+                _fetch(X, fetched.index(following), row, start + t + C, h, e, x_place, c + 1 < chunks)
             past, within = warpgroup_mma_wait(2, deps=[past, within])
             read = reads.load(gl.SliceLayout(0, of_out))
             out = past * read[None, :] + within
             if SILU_BACKWARD:
-                mbarrier.wait(derived.index(place), (c // 2) & 1)
-                out = _times(out, turned.load(of_out))
+                mbarrier.wait(fetched.index(place), (c // 2) & 1)
+                out = _silu_backward(out, turned.load(of_out))
             else:
                 tma.store_wait(1)
             turned.store(out.to(dtype))
@@ -415,11 +377,6 @@ def _advance(
                 tma.async_copy_shared_to_global(Out, [row, start + t, h, e], tile)
             else:
                 _store_rows(out_rows, tile.reshape([C, BV]).load(ROWWISE), start + t, n, stride_ot)
-            if SILU_BACKWARD:
-                # Where the result of the chunk before has left from.
-                tma.store_wait(1)
-                place = HALF * 2 + (c + 1) % 2
-                _fetch(X, fetched.index(place), row, start + t + C, h, e, out_tiles.index(place), c + 1 < chunks)
             state = warpgroup_mma_wait(0, deps=[state])
             mbarrier.arrive(free.index(stage), count=1)
     if LEAVING:
@@ -482,7 +439,6 @@ def sweep(
         gdc_launch_dependents()
     KEEPING: gl.constexpr = KeptRows is not None
     BLOCKS: gl.constexpr = D // (BV * HALVES)
-    SHIFT: gl.constexpr = _shift(SILU_BACKWARD, OutRows.dtype.element_ty)
     pid = gl.program_id(0)
     w = pid // (H * BLOCKS)
     h = pid // BLOCKS % H
@@ -526,10 +482,8 @@ def sweep(
     scored = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     fetched = gl.allocate_shared_memory(gl.int64, [2 * HALVES, 1], mbarrier.MBarrierLayout())
-    derived = gl.allocate_shared_memory(gl.int64, [2 * HALVES, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(2 * HALVES):
         mbarrier.init(fetched.index(place), count=1)
-        mbarrier.init(derived.index(place), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(scored.index(stage), count=1)
@@ -543,12 +497,11 @@ def sweep(
 
     given = (
         (Out, out_rows, stride_ot, X, origin, saved, left, across, is_last, H * D * D),
-        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, ready, scored, free, fetched, derived),
+        (a_tiles, b_tiles, v_tiles, scores_tiles, out_tiles, reads, departs, ready, scored, free, fetched),
         (slope, row, start, h, e, tokens, chunks, SAVE),
     )
     score = (a_tiles, b_tiles, scores_tiles, ready, scored, slope, tokens, chunks)
     load = (A, B_, V, a_tiles, b_tiles, v_tiles, loaded, free, row, start, h, e, chunks)
-    derivatives = (out_tiles, fetched, derived)
     if ACTIVATE:
         gl.static_assert(HALVES == 1 and not SILU_BACKWARD)
         kept_rows = out_rows
@@ -558,8 +511,8 @@ def sweep(
         keep = (Kept, KeptV, a_tiles, b_tiles, v_tiles, ready, free, row, start, h, e, tokens, chunks)
         gl.warp_specialize(
             [
-                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, False, SHIFT, True, PDL, HALVES, STAGES)),
-                (_score, (score, derivatives, C, D, BV, SILU_BACKWARD, SHIFT, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, False, True, PDL, HALVES, STAGES)),
+                (_score, (score, C, D, HALVES, STAGES)),
                 (_activate, (activate, 0, C, D, BV, KEEPING, STAGES)),
                 (_activate, (activate, 1, C, D, BV, KEEPING, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
@@ -571,11 +524,8 @@ def sweep(
     elif HALVES == 1:
         gl.warp_specialize(
             [
-                (
-                    _advance,
-                    (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, SHIFT, False, PDL, HALVES, STAGES),
-                ),
-                (_score, (score, derivatives, C, D, BV, SILU_BACKWARD, SHIFT, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, False, PDL, HALVES, STAGES)),
+                (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],
             [4, 1],
@@ -584,15 +534,9 @@ def sweep(
     else:
         gl.warp_specialize(
             [
-                (
-                    _advance,
-                    (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, SHIFT, False, PDL, HALVES, STAGES),
-                ),
-                (
-                    _advance,
-                    (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, SHIFT, False, PDL, HALVES, STAGES),
-                ),
-                (_score, (score, derivatives, C, D, BV, SILU_BACKWARD, SHIFT, HALVES, STAGES)),
+                (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, False, PDL, HALVES, STAGES)),
+                (_advance, (given, 1, C, D, BV, ENTRY, SAVING, LEAVING, SILU_BACKWARD, False, PDL, HALVES, STAGES)),
+                (_score, (score, C, D, HALVES, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
             ],
             [4, 4, 1],

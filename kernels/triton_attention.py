@@ -430,7 +430,7 @@ class _Call:
         gluon_backward.reverse_sweep[(self.spans(segment) * self.heads,)](
             *tiles, dk, dv, *dk.stride()[:3], self.slopes, *pointers, self.tokens, self.heads, segment, spacing, self.documents,
             D=self.dim, C=tile.chunk, VARLEN=self.cu_seqlens is not None, ENTRY=(entry is not None) + 2 * (states is not None),
-            LEAVING=left is not None, SILU_BACKWARD=silu_inputs is not None, STAGES=tile.stages, OWN_STAGES=2, num_warps=tile.warps,
+            LEAVING=left is not None, SILU_BACKWARD=silu_inputs is not None, STAGES=tile.stages, num_warps=tile.warps,
             **self._launch(states is not None),
         )  # fmt: skip
 

@@ -103,8 +103,7 @@ def test_no_states_are_states_of_zero(spans, documents) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["dense", "packed"])
 def test_derivative_of_silu_is_that_of_each_value(spans, documents, dtype: torch.dtype) -> None:
-    """Gradients of the packed projection are those of q, k, v times the derivative; both are rounded once from the same numbers, and the
-    derivative to 11 bits, below 2^-14 (bfloat16: 2^-29) in steps of 2^-24 (2^-39)."""
+    """Gradients of the packed projection are those of q, k, v times the derivative; both are rounded once from the same numbers."""
     inputs = make_inputs(TOKENS, HEADS, D, dtype, documents=documents)
     covered = sum(documents or (TOKENS,))
     special = torch.tensor(
@@ -122,12 +121,12 @@ def test_derivative_of_silu_is_that_of_each_value(spans, documents, dtype: torch
     plain = triton(activated, "auto")
     x = qkv.double().requires_grad_()
     torch.nn.functional.silu(x).sum().backward()
-    rounding, step = torch.finfo(dtype).eps + 2**-12, 2**-25 if dtype == torch.float16 else 2**-40
+    rounding = torch.finfo(dtype).eps
     for name, ours, derivative in zip(
         GRADIENTS_OF_QKV, leaf.grad.split(D, dim=-1), x.grad.split(D, dim=-1), strict=True
     ):
         expected = (plain[name].double() * derivative)[:, :covered]
-        tiny = step * plain[name].double()[:, :covered].abs() + torch.finfo(dtype).smallest_normal
+        tiny = 1e-30 * plain[name].double()[:, :covered].abs() + torch.finfo(dtype).smallest_normal
         assert ((ours.double()[:, :covered] - expected).abs() <= 1.05 * (rounding * expected.abs() + tiny)).all(), name
         assert not ours[:, covered:].any()
 
