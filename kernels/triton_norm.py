@@ -3,13 +3,11 @@
 A program holds a whole row of channels in registers, so that without tensor parallelism each pass reads every input once.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 __all__ = ["MAX_CHANNELS", "backward", "compile_cases", "forward"]
 
@@ -46,7 +44,7 @@ def forward(
         _forward_kernel[(min(rows, _programs(x.device, options["num_warps"])),)](
             x, gate, weight.contiguous(), squares, out, scale, rows, eps, channels, inner,
             *x.stride()[:2], *gate.stride()[:2], *out.stride()[:2],
-            C=width, BLOCK=block, STAGES=_stages(2, width, x.dtype), **options, **_early(x.device),
+            C=width, BLOCK=block, STAGES=_stages(2, width, x.dtype), **options,
         )  # fmt: skip
     return out.view(shape), scale
 
@@ -87,7 +85,7 @@ def backward(
         )  # fmt: skip
     dweight = torch.empty_like(weight_rows)
     _sum_kernel[(triton.cdiv(width, SUM_COLUMNS),)](
-        partial, dweight, programs, C=width, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4, **_early(x.device)
+        partial, dweight, programs, C=width, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=4
     )
     return dx.view(shape), dgate.view(shape), dweight
 
@@ -109,13 +107,6 @@ def _options(width: int) -> dict[str, int]:
 def _stages(inputs: int, width: int, dtype: torch.dtype) -> int:
     """Stages of a pipeline over rows: up to two rows of so many inputs on their way, in at most 100 KiB."""
     return 1 + min(2, 100 * 1024 // (inputs * _block(width) * dtype.itemsize))
-
-
-@functools.cache
-def _early(device: torch.device) -> dict[str, bool]:
-    """Constant and option of kernels that are launched while the one in front ends, and wait for it before they read."""
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
 
 
 def _programs(device: torch.device, num_warps: int) -> int:
@@ -142,10 +133,8 @@ def _squares_kernel(x, squares, inner, x_outer, x_inner, C: tl.constexpr, BLOCK:
 def _forward_kernel(
     x, gate, weight, squares, out, scale, rows, eps, channels, inner,
     x_outer, x_inner, gate_outer, gate_inner, out_outer, out_inner,
-    C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
@@ -216,10 +205,8 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _sum_kernel(partial, out, rows, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+def _sum_kernel(partial, out, rows, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out [C] = sum over the rows of partial [rows, C]."""
-    if PDL:
-        gdc_wait()
     cols = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for first in range(0, rows, ROWS):
@@ -239,8 +226,6 @@ def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[
 
     def case(kernel, width, dtype, **constants):
         constants |= {"C": width} if kernel is _sum_kernel else {"C": width, "BLOCK": _block(width)}
-        if "PDL" in kernel.arg_names:
-            constants["PDL"] = False  # not of all GPUs that are compiled for
         if "STAGES" in kernel.arg_names:
             inputs = 3 if kernel is _backward_kernel else 2
             constants["STAGES"] = _stages(inputs, width, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])

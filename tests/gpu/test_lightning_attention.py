@@ -1,5 +1,6 @@
 """The Triton kernels of lightning attention at M1's head width: errors with the slopes of its layers, mutants, 262,145 tokens."""
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -136,6 +137,8 @@ def test_states_and_reads_of_them(documents, reverse: bool, transposed: bool) ->
 @pytest.mark.parametrize("strategy", ["fused", "segmented"])
 def test_states_beyond_31_bits_of_offset(strategy: str) -> None:
     """A pack of so many documents that their states are more than 2^31 numbers; those of the last ones as alone, bit for bit."""
+    gc.collect()  # of tests before
+    torch.cuda.empty_cache()
     state_bytes = 4 * MANY * LONG_HEADS * D * D
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 7 * state_bytes:
         pytest.skip(f"needs {7 * state_bytes / 2**30:.0f} GiB of free GPU memory")

@@ -76,7 +76,7 @@ def test_short_documents(length: int) -> None:
     """So many that the error of a head is no accident of a few roundings, one of them alone with the same bits."""
     count = -(-1040 // length)
     inputs = make_inputs(count * length + 5, HEADS, D, torch.bfloat16, documents=(length,) * count)
-    packed = triton(inputs, "auto")
+    packed = triton(inputs, "fused")
     Gate.of(inputs).check(packed)
     for document in (0, count - 1):
         first = document * length
@@ -84,7 +84,7 @@ def test_short_documents(length: int) -> None:
             name: x[document : document + 1] if "state" in name else x[:, first : first + length]
             for name, x in packed.items()
         }
-        assert_same_bits(mine, triton(inputs.span(first, first + length, document), "auto"))
+        assert_same_bits(mine, triton(inputs.span(first, first + length, document), "fused"))
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["dense", "packed"])

@@ -46,6 +46,13 @@ def given(batch: int, documents: Sequence[int] | None) -> tuple[torch.Tensor, to
     return decay, torch.linspace(-1, 1, count * HEADS * D * D, device=DEVICE).view(count, HEADS, D, D), edges
 
 
+@pytest.fixture(autouse=True)
+def states_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a pack leave some places as they are."""
+    states = _Call.states
+    monkeypatch.setattr(_Call, "states", lambda call, segment: states(call, segment).zero_())
+
+
 def run(
     qkv: torch.Tensor,
     plan: _Plan = PLAN,
@@ -113,11 +120,7 @@ def test_the_pass_takes_any_order_in_memory() -> None:
     ],
     ids=["bf16 dense", "fp16 dense", "bf16 packed"],
 )
-def test_the_sweep_has_the_bits_of_a_pass_and_a_sweep(
-    dtype: torch.dtype, documents, plan: _Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states = _Call.states  # of a pack, of which some places stay as they are
-    monkeypatch.setattr(_Call, "states", lambda call, segment: states(call, segment).zero_())
+def test_the_sweep_has_the_bits_of_a_pass_and_a_sweep(dtype: torch.dtype, documents, plan: _Plan) -> None:
     qkv = projection(dtype, 1 if documents else 2, documents=documents)
     covered = sum(documents or (TOKENS,))
     *found, activated = run(qkv, plan, documents)
