@@ -26,6 +26,8 @@ BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 PRODUCT = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
 POWER = re.compile(r"\bMUFU\.EX2\b")
 SPILL = re.compile(r"\b(LDL|STL)\b")
+EARLY = re.compile(r"scan_states|local_states|sweep.* entry [23]")
+"""Kernels that can be launched before the kernel in front has ended; ACQBULK waits for it."""
 SPILLING = {
     "sweep[256 fp32]": math.inf,
     "specialised reverse_sweep[128": 12,
@@ -112,6 +114,8 @@ def faults(name: str, target: int, shared: int, loops: list[Loop], sass: str) ->
     most = SHARED_BYTES.get(target)
     if most is not None and shared > most:
         found.append(f"needs {shared} bytes of shared memory, of which a block has {most}; use smaller tiles")
+    if target >= 90 and EARLY.search(name) and "ACQBULK" not in sass:
+        found.append("does not wait for the kernel in front, before whose end it is launched")
     if target == 90 and any(loop.waits >= loop.products > 1 for loop in loops):
         found.append("waits for each matrix product; keep branches around products off its loops")
     return found

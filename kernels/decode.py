@@ -49,7 +49,7 @@ def lightning_attention_step_packed(
 ) -> torch.Tensor:
     """`lightning_attention_step` of the parts [q|k|v] of activation(qkv); qkv [B, H, 3D] is the projection as it comes.
 
-    activation: "silu", rounded to the dtype of qkv as `lightning_attention_packed` rounds it, or None. The rest as above.
+    activation: "silu", rounded to the dtype of qkv, or None. The rest as above.
     """
     if activation not in ("silu", None):
         raise ValueError(f"activation={activation!r} must be 'silu' or None")

@@ -128,7 +128,8 @@ def lightning_attention_packed(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`lightning_attention` of the parts [q|k|v] of activation(qkv); qkv [B, T, H, 3D] is the projection as it comes.
 
-    activation: "silu", rounded to the dtype of qkv, or None. The backward writes one gradient [B, T, H, 3D], the activation's
+    activation: "silu", rounded to the dtype of qkv, or None; on Hopper in 16 bits that is torch's to a rounding, and a NaN makes its
+    neighbour in a pair of channels NaN too. The backward writes one gradient [B, T, H, 3D], the activation's
     derivative included. o is time-major where qkv is.
     recompute_activation: saves qkv alone, and the backward computes the activation again, a pass that reads and writes a tensor
     like qkv. Else the Triton kernels save activation(qkv) too; the torch path never does.

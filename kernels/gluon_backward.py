@@ -8,7 +8,8 @@ Four partitions of four warps meet at barriers in shared memory:
     _grad   dv_j = sum_{i >= j} e^{-s(i-j)} (k_j . q_i) do_i, and dk_j with (v_j . do_i) q_i: scores stay in registers
 
 k is read by dv alone and v by dk alone, which load them, and whose results leave from their tiles. A program has one head and one
-span; what is computed, and rounded where, is that of two sweeps of `triton_lightning`, whose chunks are as long.
+span; what is computed, and rounded where, is that of two sweeps of `triton_lightning`, whose chunks are as long, but for the decays
+of scores, here a difference of exponents (to 5e-6).
 """
 
 from m1_kernels.gluon_lightning import (

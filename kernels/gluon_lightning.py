@@ -9,7 +9,7 @@ Three partitions of a program work on different chunks at a time and meet at bar
 and, where a, b and v are to be SiLU of what is in memory (ACTIVATE), three more:
 
     _activate eight warps, twice: the tiles of every other chunk in place
-    _keep     one warp: copies them out as well, for the backward pass
+    _copy     one warp: copies them out as well, for the backward pass
 
 so that the tensor cores have products of one partition while the other rounds, scales or stores. What is computed, and
 rounded where, is that of `triton_lightning.sweep`: a program has one head, one span and 64 of the value channels, or all
@@ -155,7 +155,7 @@ def _activate(
 
 
 @gluon.jit
-def _keep(given, C: gl.constexpr, D: gl.constexpr, KEEPING: gl.constexpr, STAGES: gl.constexpr):
+def _copy(given, C: gl.constexpr, D: gl.constexpr, KEEPING: gl.constexpr, STAGES: gl.constexpr):
     """Of the two programs of a head one copies a, the other b, and each its v. Chunks that are not full are `_activate`'s."""
     Kept, KeptV, a_tiles, b_tiles, v_tiles, activated, free, row, start, h, e, tokens, chunks = given
     if KEEPING:
@@ -262,7 +262,7 @@ def _places(e, across, zero, D: gl.constexpr, BV: gl.constexpr, layout: gl.const
 
 @gluon.jit
 def _fetch(X, bar, row, t, h, e, tile, needed):
-    """The tile of X at token t and channel e, alone on its barrier."""
+    """The tile of X at token t and channel e, which `bar` tells of."""
     mbarrier.expect(bar, X.block_type.nbytes, pred=needed)
     tma.async_copy_global_to_shared(X, [row, t, h, e], bar, tile, pred=needed)
 
@@ -508,7 +508,7 @@ def sweep(
         if KEEPING:
             kept_rows = KeptRows + row.to(gl.int64) * stride_kb + h * stride_kh
         activate = (a_tiles, b_tiles, v_tiles, loaded, ready, kept_rows, stride_kt, start, e, tokens, chunks)
-        keep = (Kept, KeptV, a_tiles, b_tiles, v_tiles, ready, free, row, start, h, e, tokens, chunks)
+        copied = (Kept, KeptV, a_tiles, b_tiles, v_tiles, ready, free, row, start, h, e, tokens, chunks)
         gl.warp_specialize(
             [
                 (_advance, (given, 0, C, D, BV, ENTRY, SAVING, LEAVING, False, True, PDL, HALVES, STAGES)),
@@ -516,7 +516,7 @@ def sweep(
                 (_activate, (activate, 0, C, D, BV, KEEPING, STAGES)),
                 (_activate, (activate, 1, C, D, BV, KEEPING, STAGES)),
                 (_load, (load, C, BV, HALVES, STAGES)),
-                (_keep, (keep, C, D, KEEPING, STAGES)),
+                (_copy, (copied, C, D, KEEPING, STAGES)),
             ],
             [4, 8, 8, 1, 1],
             [80, 48, 48, 24, 24],

@@ -43,6 +43,7 @@ beside tests/gpu/test_lightning_bits.py -k "not (alone or resumed or horizon)"
 beside tests/gpu/test_lightning_backward.py
 beside tests/gpu/test_lightning_graphs.py
 beside tests/gpu/test_lightning_silu.py
+beside tests/gpu/test_norms.py
 beside tests/gpu/test_softmax_attention.py
 beside tests/unit/kernels/test_triton_lightning.py -k "dense or widths or slopes"
 beside tests/unit/kernels/test_triton_lightning.py -k "not (dense or widths or slopes)"

@@ -61,7 +61,9 @@ def lightning_attention_triton(
     Products of 16-bit inputs take 16-bit operands (scores, decayed values and the state rounded to them as operands only) and
     accumulate in float32; float32 inputs run as three TF32 products. Saves its inputs and the states between spans.
     """
-    o, final_state = _Attention.apply(q, k, v, slopes, initial_state, cu_seqlens, return_final_state, strategy)
+    o, final_state = _Attention.apply(
+        q, k, v, slopes, initial_state, cu_seqlens, return_final_state, strategy, torch.is_grad_enabled()
+    )
     return (o, final_state) if return_final_state else o
 
 
@@ -82,8 +84,9 @@ def lightning_attention_packed_triton(
     a pass of its own elsewhere, with the same bits on one kind of GPU.
     """
     o, final_state = _PackedAttention.apply(
-        qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", recompute_activation, strategy
-    )
+        qkv, slopes, initial_state, cu_seqlens, return_final_state, activation == "silu", recompute_activation, strategy,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
     return (o, final_state) if return_final_state else o
 
 
@@ -358,6 +361,7 @@ class _Call:
             from m1_kernels import gluon_lightning
 
             assert not reverse, "of specialised sweeps the reverse one is `reverse_sweep`"
+            assert activated is None or activate, "nothing would copy it, and the sweep would wait for that"
             tiles = (
                 None if x is None else gluon_lightning.descriptor(x, tile.chunk, width)
                 for x, width in (
@@ -421,7 +425,6 @@ class _Call:
         from m1_kernels import gluon_backward, gluon_lightning
 
         tile = self.tiling("backward")
-
         tiles = (
             None if x is None else gluon_lightning.descriptor(x, tile.chunk, self.dim)
             for x in (q, k, v, do, dk, dv, *(silu_inputs or (None, None)))
@@ -519,13 +522,15 @@ class _Plan:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, slopes, initial_state, cu_seqlens, return_final_state: bool, strategy: str):
+    def forward(
+        ctx, q, k, v, slopes, initial_state, cu_seqlens, return_final_state: bool, strategy: str, differentiable: bool
+    ):
         call = _Call.of(q, slopes, cu_seqlens)
         plan = _Plan.of(call, strategy)
         q, k, v = (_readable(x) for x in (q, k, v))
         initial_state = None if initial_state is None else initial_state.contiguous()
         o = _output_like(q)
-        needed = any(ctx.needs_input_grad)
+        needed = _saves(ctx, differentiable)
         final_state, states = _forward(call, plan, q, k, v, o, initial_state, saving=needed, leaving=return_final_state)
         ctx.call, ctx.plan = call, plan
         ctx.save_for_backward(q, k, v, initial_state, states, call.slopes, call.cu_seqlens)
@@ -540,7 +545,7 @@ class _Attention(torch.autograd.Function):
         grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
         do = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if do is None else _readable(do)
         dinitial = _backward(call, ctx.plan, q, k, v, do, dfinal, *grads, initial_state, states)
-        return *grads, None, dinitial, None, None, None
+        return *grads, None, dinitial, None, None, None, None
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -555,12 +560,13 @@ class _PackedAttention(torch.autograd.Function):
         activate: bool,
         recompute: bool,
         strategy: str,
+        differentiable: bool,
     ):
         qkv = _readable(qkv)
         call = _Call.of(_thirds(qkv)[0], slopes, cu_seqlens)
         plan = _Plan.of(call, strategy)
         initial_state = None if initial_state is None else initial_state.contiguous()
-        needed = any(ctx.needs_input_grad)
+        needed = _saves(ctx, differentiable)
         o, final_state, states, kept = _packed_forward(
             call, plan, qkv, initial_state, activate=activate, keeping=needed and not recompute, saving=needed,
             leaving=return_final_state,
@@ -587,7 +593,12 @@ class _PackedAttention(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(dqkv, qkv, grad_input=dqkv)
             # The derivative of what padding holds, NaN perhaps, times zero.
             call.zero_padding(dqkv)
-        return dqkv, None, dinitial, None, None, None, None, None
+        return dqkv, None, dinitial, None, None, None, None, None, None
+
+
+def _saves(ctx: Any, differentiable: bool) -> bool:
+    """Whether anything is to be kept for a backward pass. differentiable: whether gradients are enabled, which no input tells."""
+    return differentiable and any(ctx.needs_input_grad)
 
 
 def _thirds(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -5,8 +5,8 @@ anchored at its start; a chunk is C tokens of a span. All exponents are non-posi
 tensor descriptors [B, T, H, D] with the strides of the caller's tensors.
 
 PDL: the GPU can launch a kernel before the one in front has ended (programmatic dependent launch). Ours let the next one start at
-once. Launched so, all programs of a kernel wait for the one in front where they need its states, or before they write their own:
-one that has ended says so of all in front.
+once. Launched so, all programs of a kernel wait for the one in front where they need its states, or before they write their own, so
+that when one has ended, all in front of it have. The first kernel of a call is never early: its inputs are complete by then.
 """
 
 import triton

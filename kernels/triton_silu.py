@@ -5,7 +5,7 @@ reciprocal. From float32, with e = 2^(-x log2(e)), rounded once:
 
     r = 1 / ((1 + e_a)(1 + e_b))    silu(a) = a (r + e_b r)    silu(b) = b (r + e_a r)
 
-7.5 instructions an element, within 1e-6 of the exact value before it is rounded. Of max(x, -43), so that products of two
+7.5 instructions an element, within 1e-6 (relative) of the exact value before it is rounded. Of max(x, -43), so that products of two
 denominators stay below 2^126; silu(-43) = -9e-18 is -0 in float16. A NaN makes its neighbour NaN as well.
 """
 

@@ -121,7 +121,7 @@ class LightningAttention(MegatronModule):
                 qkv,
                 self.slopes,
                 cu_seqlens=cu_seqlens,
-                recompute_activation=not self.recompute_core,  # its backward then follows at once
+                recompute_activation=not self.recompute_core,  # the backward of what is recomputed follows at once
                 strategy=self.strategy,
             )
         return lambda: finish().transpose(0, 1).reshape(seq, batch, -1)

@@ -73,7 +73,7 @@ def silu(qkv: torch.Tensor) -> torch.Tensor:
 
 
 def assert_equal(found: Results, expected: Results) -> None:
-    for one, other in zip(found, expected):
+    for one, other in zip(found, expected, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 
 

@@ -39,8 +39,8 @@ def test_innermost_loops_with_products_are_counted():
     assert hot_loops(SASS) == [Loop(products=2, spills=1, waits=1)]
 
 
-def test_and_those_with_powers():
-    """Not those with reciprocals alone, as of a division of integers."""
+def test_innermost_loops_with_powers_are_counted():
+    """But not those with reciprocals alone, as of a division of integers."""
     assert hot_loops(SASS + SILU) == [Loop(products=2, spills=1, waits=1), Loop(products=0, spills=2, waits=0)]
 
 
@@ -70,6 +70,15 @@ def test_faults() -> None:
         assert [fault.split()[0] for fault in faults("k", 90, 0, loops, "LDL R1, [R2] ;")] == ["spills:"]
     assert [fault.split()[0] for fault in faults("k", 80, 164 << 10, [], "")] == ["needs"]
     assert [fault.split()[0] for fault in faults("k", 90, 0, [Loop(2, 0, 2)], "")] == ["waits"]
+    early = (
+        "scan_states[128 bf16]",
+        "sweep[64 bf16] reverse entry 3",
+        "specialised reverse_sweep[128 bf16] entry 2 packed",
+    )
+    for name in early:
+        assert faults(name, 90, 0, [], "")[0].startswith("does not wait")
+        assert not faults(name, 80, 0, [], "") and not faults(name, 90, 0, [], "ACQBULK ;")
+    assert not faults("sweep[64 bf16] entry 1", 90, 0, [Loop(2, 0, 0)], "")
     assert not faults("sweep[256 fp32] reverse", 90, 0, [Loop(2, 9, 0)], "")
     scalars = [
         faults("specialised reverse_sweep[128 bf16]", 90, 0, [Loop(8, n, 1), Loop(20, 4, 3)], "") for n in (8, 9)

@@ -733,24 +733,60 @@ def test_silu_of_a_dense_projection_is_one_stretch_of_memory(
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_launches_before_the_kernel_in_front_has_ended(
-    specialised: list, capability: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only of what follows a kernel of the same call, and where the GPU can; never in the interpreter."""
-    others = dict.fromkeys(("local_states", "scan"), lambda *_, **__: None)
-    call_of = type("Recorded", (Planned,), {"capability": capability, **others})
-    x = torch.empty(1, 1024, 8, 128, dtype=torch.bfloat16, device="meta")
-    for interpreted in (False, True):
-        call = call_of(1, 1024, 8, 128, 1, slopes(8, 0, 8), None, torch.bfloat16, torch.device("cpu"))
-        plan = triton_attention._Plan.of(call, "auto")
-        monkeypatch.setattr(triton_attention, "interpreting", lambda interpreted=interpreted: interpreted)
-        specialised.clear()
+def test_launches_before_the_kernel_in_front_has_ended(capability: int) -> None:
+    """Only of what follows a kernel of the same call, and where the GPU can; never in the interpreter. Asked in a process that has none."""
+    code = f"""
+import torch
+from m1_kernels import compile_launches, triton_attention
+from m1_kernels.triton_attention import _Call, _Plan
+x, decay, plan = torch.empty(1, 1024, 8, 128, dtype=torch.bfloat16), torch.ones(8), _Plan(256, 256, 256)
+for interpreted in (False, True):
+    triton_attention.interpreting = lambda: interpreted
+    with compile_launches._recording({capability}) as launched:
+        call = _Call.of(x, decay, None)
         _, states = triton_attention._forward(call, plan, x, x, x, x, None, saving=True, leaving=False)
         triton_attention._backward(call, plan, x, x, x, x, None, x, x, x, None, states)
-        able = capability >= 90 and not interpreted
-        assert [(given["PDL"], given.get("launch_pdl")) for _, given in specialised] == [
-            (able, able or None), (able, None), (able, able or None)
-        ]  # fmt: skip
+    for kernel, _, given in launched:
+        print(kernel.fn.__name__, given["PDL"], given.get("launch_pdl", False))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    backward = ["reverse_sweep"] if capability == 90 else ["sweep", "sweep"]
+    names = ["local_states", "scan_states", "sweep", "sweep", "local_states", "scan_states", *backward]
+    first = (0, 3)  # of the forward, of the backward pass
+    able = capability >= 90
+    expected = [f"{name} {able} {able and place not in first}" for place, name in enumerate(names)]
+    assert done.stdout.splitlines() == expected + [f"{name} False False" for name in names]
+
+
+def test_nothing_is_kept_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a leaf, which says that it needs its gradient."""
+    kept = []
+    forward = triton_attention._forward
+    monkeypatch.setattr(
+        triton_attention,
+        "_forward",
+        lambda *given, **options: kept.append(options["saving"]) or forward(*given, **options),
+    )
+    packed = triton_attention._packed_forward
+    monkeypatch.setattr(
+        triton_attention,
+        "_packed_forward",
+        lambda *given, **options: kept.append(options["keeping"]) or packed(*given, **options),
+    )
+    qkv, decay = torch.randn(1, 70, 2, 48, device=DEVICE, requires_grad=True), slopes(2, 0, 8).to(DEVICE)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            o = lightning_attention_packed(qkv, decay, implementation="triton")
+            lightning_attention(*qkv.split(16, dim=-1), decay, implementation="triton")
+        assert o.requires_grad == enabled
+        assert kept == [enabled] * 3  # keeping and saving; saving
+        kept.clear()
 
 
 def test_kernels_are_compiled_once_for_packs_of_all_sizes() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from m1_kernels import gated_rms_norm, swiglu
+from m1_kernels import gated_rms_norm, swiglu, triton_norm
 
 from tests.unit.kernels.pointwise_cases import (
     DEVICE,
@@ -49,6 +49,11 @@ def test_norm_of_strided_inputs_writes_what_its_neighbours_need() -> None:
     assert out.is_contiguous() and dx.stride() == views[0].stride()
     scattered = x.transpose(1, 2), gate[..., :24].permute(1, 2, 0), weight[:5]
     assert_matches_fp64(norm, plain, [v.detach().requires_grad_() for v in scattered])
+
+
+def test_gradient_of_the_weight_is_the_sum_over_all_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_norm, "_programs", lambda *_: 70)
+    assert_matches_fp64(norm, plain, leaves((75, 100), (75, 100), (100,), dtype=torch.float32, device=DEVICE))
 
 
 def test_norm_of_an_expanded_gradient() -> None:
