@@ -358,7 +358,7 @@ def _advance(
             tile = out_tiles.index(place)
             turned = tile.reshape([C, BV]).permute((1, 0))
             if SILU_BACKWARD:
-                # Where the result of the chunk before has left from. At the end of this chunk, x would come too late.
+                # Where the result of the chunk before has left from.
                 tma.store_wait(0)
                 following = HALF * 2 + (c + 1) % 2
                 x_place = out_tiles.index(following)

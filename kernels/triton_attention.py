@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from m1_kernels.triton_runtime import interpreting
+from m1_kernels.triton_runtime import gpu, interpreting
 from m1_kernels.triton_runtime import obstacle as triton_obstacle
 from torch.autograd.function import once_differentiable
 
@@ -207,15 +207,6 @@ class Spread:
         return replace(self, segment=self.segment // 2, parts=self.parts // 2) if self.parts % 2 == 0 else self
 
 
-@functools.cache
-def _gpu(device: torch.device) -> tuple[int, int]:
-    """(Compute capability times ten, multiprocessors); of a small sm_90 for the interpreter."""
-    if device.type != "cuda":
-        return 90, 4
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
 @dataclass(frozen=True)
 class _Call:
     """What the launches of one call share."""
@@ -249,7 +240,7 @@ class _Call:
 
     @functools.cached_property
     def capability(self) -> int:
-        return _gpu(self.device)[0]
+        return gpu(self.device)[0]
 
     @functools.cached_property
     def specialised(self) -> bool:
@@ -266,7 +257,7 @@ class _Call:
 
     @functools.cached_property
     def processors(self) -> int:
-        return _gpu(self.device)[1]
+        return gpu(self.device)[1]
 
     def spans(self, segment: int) -> int:
         """Upper bound of the number of spans, from shapes alone; the padding of a pack is a document of its own."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from m1_kernels.triton_runtime import gpu
 
 __all__ = ["MAX_CHANNELS", "backward", "compile_cases", "forward"]
 
@@ -113,7 +114,7 @@ def _programs(device: torch.device, num_warps: int) -> int:
     """As many programs that go through rows as their registers (at most 128 a thread) let the device hold at once."""
     if device.type != "cuda":
         return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count * (16 // num_warps)
+    return gpu(device)[1] * (16 // num_warps)
 
 
 @triton.jit

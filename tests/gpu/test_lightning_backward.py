@@ -76,8 +76,9 @@ def test_short_documents(length: int) -> None:
     """So many that the error of a head is no accident of a few roundings, one of them alone with the same bits."""
     count = -(-1040 // length)
     inputs = make_inputs(count * length + 5, HEADS, D, torch.bfloat16, documents=(length,) * count)
-    packed = triton(inputs, "fused")
-    Gate.of(inputs).check(packed)
+    packed, gate = triton(inputs, "fused"), Gate.of(inputs)
+    gate.check(packed)
+    gate.check(triton(inputs, "auto"))
     for document in (0, count - 1):
         first = document * length
         mine = {

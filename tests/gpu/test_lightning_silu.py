@@ -9,6 +9,7 @@ from m1_kernels import lightning_attention_packed, slopes, triton_attention
 from m1_kernels.triton_attention import WHOLE, _Call, _packed_forward, _Plan, _silu
 
 from tests.gpu.lightning_checks import DEVICE, error_per_head
+from tests.unit.kernels.checks import ulps_apart
 
 pytestmark = pytest.mark.gpu
 
@@ -75,14 +76,6 @@ def silu(qkv: torch.Tensor) -> torch.Tensor:
 def assert_equal(found: Results, expected: Results) -> None:
     for one, other in zip(found, expected, strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
-
-
-def ulps_apart(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    def order(x: torch.Tensor) -> torch.Tensor:
-        bits = x.view(torch.int16).int()
-        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-    return (order(actual) - order(expected)).abs()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

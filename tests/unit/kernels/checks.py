@@ -142,3 +142,13 @@ class Guards:
             # bfloat16 holds another number than 777.
             written = torch.cat([x[: self.width], x[len(x) - self.width :]])
             assert (written == torch.full_like(written[:1], 777.0)).all()
+
+
+def ulps_apart(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Of 16-bit numbers: how many of their kind lie between, int32."""
+
+    def order(x: torch.Tensor) -> torch.Tensor:
+        bits = x.view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (order(actual) - order(expected)).abs()

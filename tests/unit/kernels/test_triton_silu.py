@@ -8,6 +8,8 @@ import pytest
 import torch
 from m1_kernels.triton_silu import assembly
 
+from tests.unit.kernels.checks import ulps_apart
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EVERY = np.arange(65536, dtype=np.uint32)
 INFINITE = {"bf16": 0x7F80, "fp16": 0x7C00}
@@ -85,14 +87,6 @@ def activated(dtype: str, place: int, others: np.ndarray, **ulps: int) -> torch.
     with np.errstate(all="ignore"):
         pair = execute(assembly(dtype), {"$1": low | high << np.uint32(16)}, **ulps)["$0"]
     return unpacked(pair >> np.uint32(16 * place), DTYPES[dtype])
-
-
-def ulps_apart(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    def order(x: torch.Tensor) -> torch.Tensor:
-        bits = x.view(torch.int16).int()
-        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
-
-    return (order(actual) - order(expected)).abs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
