@@ -65,7 +65,8 @@ def kept(rank: int, world: int, method: str) -> Kept:
     with patch.dict(chunked.KEPT_TOKENS, cpu=0):  # as for long sequences
         with patch.object(lightning, "transient_silu", lambda x: (silu(x)[0], lambda result: None)):
             expected, _, _ = call(layer, hidden, params)
-        call(layer, hidden, None)  # its grid takes the place of another, of whatever this process ran before, in their cache
+        # Their cache is full of what this process ran before: the first call's grid takes the place of another.
+        call(layer, hidden, None)
         _, forward_alone, backward_alone = call(layer, hidden, None)
         results, forward, backward = call(layer, hidden, params)
     destroy_groups()
